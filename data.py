@@ -1,0 +1,517 @@
+"""What the model sees: datasets, augmentation, repeated augmentation, mixup and cutmix.
+
+Section 5 and table 9 of "Training data-efficient image transformers & distillation through attention"
+(https://arxiv.org/abs/2012.12877). In the paper's ablation (table 8) DeiT-B loses 2.2 points without RandAugment, 6.0
+without mixup and CutMix, 5.3 without repeated augmentation, and diverges without erasing.
+
+    python data.py DIR                 draws contact_sheet.png: evaluation view, three training views, mixup, cutmix
+    python data.py DIR --check         opens every image and lists those that cannot be read
+
+DIR holds train/ and val/ with one folder of images per class, or is a name: demo, cifar10, cifar100, flowers102, pets.
+
+Workers deliver bytes: uint8 images (B, 3, S, S). Normalising, erasing and mixing happen on the device. Every draw of a
+view is a function of (seed, epoch, image, view) and of nothing else, so any batch can be made again alone.
+"""
+import argparse
+import math
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+from torchvision import datasets, transforms
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def seed_from(*numbers):
+    """One 64-bit seed from several integers: the same for the same numbers, unrelated for any others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RandAugment, as "rand-m9-mstd0.5-inc1": the table of operations
+
+FILL = (124, 116, 104)                                                   # ImageNet's mean, for pixels from outside
+
+
+def affine(image, *matrix):
+    """Output pixel (x, y) samples the input at (a x + b y + c, d x + e y + f); origin at the top left."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
+
+
+def posterize(image, bits):
+    """Keeps the highest bits of each channel. Written out since 0 bits, which is black, is an error in Pillow 13."""
+    return image.point([value & ~(2 ** (8 - bits) - 1) for value in range(256)] * 3)
+
+
+def solarize_add(image, amount):
+    return image.point([min(255, value + amount) if value < 128 else value for value in range(256)] * 3)
+
+
+# Each operation gets the image, the magnitude r in [0, 1], and a random sign s = +1 or -1. All grow stronger with r.
+OPERATIONS = {
+    "AutoContrast": lambda image, r, s: ImageOps.autocontrast(image),
+    "Equalize": lambda image, r, s: ImageOps.equalize(image),
+    "Invert": lambda image, r, s: ImageOps.invert(image),
+    "Rotate": lambda image, r, s: image.rotate(s * 30 * r, Image.Resampling.BICUBIC, fillcolor=FILL),
+    "Posterize": lambda image, r, s: posterize(image, 4 - int(4 * r)),
+    "Solarize": lambda image, r, s: ImageOps.solarize(image, 256 - int(256 * r)),
+    "SolarizeAdd": lambda image, r, s: solarize_add(image, int(110 * r)),
+    "Color": lambda image, r, s: ImageEnhance.Color(image).enhance(1 + s * 0.9 * r),
+    "Contrast": lambda image, r, s: ImageEnhance.Contrast(image).enhance(1 + s * 0.9 * r),
+    "Brightness": lambda image, r, s: ImageEnhance.Brightness(image).enhance(1 + s * 0.9 * r),
+    "Sharpness": lambda image, r, s: ImageEnhance.Sharpness(image).enhance(1 + s * 0.9 * r),
+    "ShearX": lambda image, r, s: affine(image, 1, s * 0.3 * r, 0, 0, 1, 0),
+    "ShearY": lambda image, r, s: affine(image, 1, 0, 0, s * 0.3 * r, 1, 0),
+    "TranslateX": lambda image, r, s: affine(image, 1, 0, s * 0.45 * r * image.width, 0, 1, 0),
+    "TranslateY": lambda image, r, s: affine(image, 1, 0, 0, 0, 1, s * 0.45 * r * image.height),
+}
+
+
+class RandAugment:
+    """Two operations drawn with replacement from the fifteen, each applied with probability 1/2 and a magnitude from
+    Normal(9, 0.5), clipped to [0, 10]. Takes and gives an RGB Pillow image; draws from torch's global generator.
+
+    torchvision's transform of the same name is another augmentation: other operations, no gate, other strengths.
+    """
+
+    def __init__(self, magnitude=9.0, std=0.5):
+        self.magnitude, self.std = magnitude, std
+
+    def __call__(self, image):
+        for choice in torch.randint(len(OPERATIONS), (2,)).tolist():
+            gate, negate = (torch.rand(2) < 0.5).tolist()
+            if gate:
+                magnitude = min(10.0, max(0.0, torch.normal(self.magnitude, self.std, ()).item()))
+                image = list(OPERATIONS.values())[choice](image, magnitude / 10, -1 if negate else 1)
+        return image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One image to uint8 pixels
+
+
+def train_transform(image_size, *, rand_augment=9.0):
+    """RGB Pillow image to a random uint8 view (3, S, S): crop, flip, RandAugment (0 turns that off).
+
+    At 32 pixels or less the crop is the one for small images: S x S out of the image padded by 4 pixels of black.
+    """
+    if image_size <= 32:
+        crop = [transforms.Resize(image_size, Image.Resampling.BICUBIC), transforms.RandomCrop(image_size, padding=4)]
+    else:
+        crop = [transforms.RandomResizedCrop(image_size, interpolation=transforms.InterpolationMode.BICUBIC)]
+    augment = [RandAugment(rand_augment)] if rand_augment else []
+    return transforms.Compose([*crop, transforms.RandomHorizontalFlip(), *augment, transforms.PILToTensor()])
+
+
+def eval_transform(image_size, *, crop_ratio=0.875):
+    """RGB Pillow image to the uint8 view (3, S, S) of the published numbers: short side to int(S / 0.875), bicubic,
+    then the centre. At 32 pixels or less nothing is cut off."""
+    ratio = 1.0 if image_size <= 32 else crop_ratio
+    resize = transforms.Resize(int(image_size / ratio), transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([resize, transforms.CenterCrop(image_size), transforms.PILToTensor()])
+
+
+def erasing_box(image_size):
+    """(top, left, height, width) of the rectangle to erase, area 2 % to 33 % of the image, aspect 0.3 to 1/0.3; None
+    in the rare case that ten draws give none that fits."""
+    canvas = torch.empty(3, image_size, image_size)
+    top, left, height, width, _ = transforms.RandomErasing.get_params(canvas, (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0])
+    return None if height == image_size else (top, left, height, width)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Repeated augmentation
+
+
+class RepeatedAugSampler(Sampler):
+    """Each epoch draws a third of the images and takes three views of each (repeated augmentation, section 6).
+
+    Rank `rank` of `world_size` gets `batch_size` samples at a time. The epoch is one list of views, those of an image
+    next to each other; global batch after global batch is cut from it and dealt to the ranks in pieces. So 1, 2 or 8
+    processes with the same global batch see the same views in every step, and the views of an image share a local
+    batch. (The official sampler gives them to different ranks; without torchrun it silently repeats nothing.)
+
+    An epoch has size // global batch optimiser steps, rounded to a number in which every drawn image gets all its views
+    (ImageNet at 1024: 1,251 steps, 427,008 images). Iterating gives this rank's image indices; `batches` gives them
+    batch by batch, with their views. `repeats=1` is plain shuffling. Raises ValueError if there is not one global batch.
+    """
+
+    def __init__(self, size, rank=0, world_size=1, *, batch_size=1, accum_steps=1, repeats=3, seed=0):
+        global_batch = world_size * batch_size * accum_steps
+        if size < global_batch:
+            raise ValueError(f"{size} training images are fewer than one batch of {global_batch}: "
+                             f"--batch-size {2 ** int(math.log2(max(1, size)))} or less")
+        self.size, self.rank, self.world_size, self.batch_size = size, rank, world_size, batch_size
+        self.accum_steps, self.repeats, self.seed = accum_steps, repeats, seed
+        whole = repeats // math.gcd(repeats, global_batch)               # steps after which no image is cut in two
+        self.steps = max(whole, size // global_batch // whole * whole)
+        self.distinct_images = self.steps * global_batch // repeats
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch, first_step=0):
+        """Chooses the epoch's order; `first_step` leaves out the steps that an interrupted run has done already."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self):
+        return (self.steps - self.first_step) * self.accum_steps * self.batch_size
+
+    def __iter__(self):
+        for _, draws in self.batches():
+            yield from (index for index, _ in draws)
+
+    def batches(self):
+        """Yields (epoch, [(index, view), ...]) per batch of this rank, all first views before all second ones."""
+        generator = torch.Generator().manual_seed(seed_from(self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator)[: self.distinct_images].tolist()
+        for batch in range(self.first_step * self.accum_steps, self.steps * self.accum_steps):
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            draws = [(order[p // self.repeats], p % self.repeats) for p in range(start, start + self.batch_size)]
+            yield self.epoch, sorted(draws, key=lambda draw: draw[1])    # stable: within a view, in the epoch's order
+
+
+class Batches(Sampler):
+    """What the DataLoader iterates: the sampler's batches."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __len__(self):
+        return len(self.sampler) // self.sampler.batch_size
+
+    def __iter__(self):
+        return self.sampler.batches()
+
+
+class TrainBatches(Dataset):
+    """Turns one entry of `RepeatedAugSampler.batches` into a batch, reading and decoding each image once.
+
+    Gives images (B, 3, S, S) uint8, labels (B,), the image indices (B,), and the rectangles to erase, one row each:
+    (position in the batch, top, left, height, width).
+    """
+
+    def __init__(self, images, image_size, *, rand_augment=9.0, erasing=0.25, seed=0):
+        self.images, self.image_size, self.erasing, self.seed = images, image_size, erasing, seed
+        self.transform = train_transform(image_size, rand_augment=rand_augment)
+
+    def __getitem__(self, request):
+        epoch, draws = request
+        decoded = {index: self.images[index] for index in dict(draws)}
+        pixels = torch.empty(len(draws), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        boxes = []
+        with torch.random.fork_rng(devices=[]):                          # with no workers this is the main process
+            for position, (index, view) in enumerate(draws):
+                torch.default_generator.manual_seed(seed_from(self.seed, epoch, index, view))
+                pixels[position] = self.transform(decoded[index][0])
+                if torch.rand(()) < self.erasing and (box := erasing_box(self.image_size)):
+                    boxes.append((position, *box))
+        indices = torch.tensor([index for index, _ in draws])
+        labels = torch.tensor([decoded[index][1] for index, _ in draws])
+        return pixels, labels, indices, torch.tensor(boxes, dtype=torch.int64).reshape(-1, 5)
+
+
+def train_loader(images, sampler, image_size, *, rand_augment=9.0, erasing=0.25, seed=0, workers=0):
+    """Batches as TrainBatches gives them, in the order of `sampler` (call its set_epoch before each epoch)."""
+    dataset = TrainBatches(images, image_size, rand_augment=rand_augment, erasing=erasing, seed=seed)
+    return DataLoader(dataset, sampler=Batches(sampler), batch_size=None, num_workers=workers,
+                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class EvalImages(Dataset):
+    """Images (3, S, S) uint8 as `eval_transform` cuts them, with their labels."""
+
+    def __init__(self, images, image_size, crop_ratio):
+        self.images, self.transform = images, eval_transform(image_size, crop_ratio=crop_ratio)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, label = self.images[index]
+        return self.transform(image), label
+
+
+def eval_loader(images, image_size, *, crop_ratio=0.875, batch_size=64, workers=0, rank=0, world_size=1, subset=None):
+    """Batches of (images uint8, labels). Every image (of `subset`: indices) goes to one rank, once; nothing is padded."""
+    indices = range(len(images)) if subset is None else subset
+    return DataLoader(EvalImages(images, image_size, crop_ratio), batch_size=batch_size, num_workers=workers,
+                      sampler=indices[rank::world_size], pin_memory=torch.cuda.is_available())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the device: normalise, erase, mix
+
+
+@lru_cache
+def mean_and_std(device):
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)]
+
+
+def normalize(pixels):
+    """uint8 (B, 3, S, S) to float32, with ImageNet's mean and standard deviation."""
+    mean, std = mean_and_std(pixels.device)
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def erase(images, boxes):
+    """Fills each rectangle of `boxes` (on the CPU, rows as TrainBatches gives them) with standard normal noise, in place."""
+    for position, top, left, height, width in boxes.tolist():
+        images[position, :, top:top + height, left:left + width].normal_()
+    return images
+
+
+def mix(images, labels, indices, num_classes, *, mixup=0.8, cutmix=1.0, group=256):
+    """Mixup or CutMix, each for half of the batches: the images and their targets (B, K), which sum to 1, unsmoothed.
+
+    `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 leaves that one out. Every `group` images or fewer share
+    one choice, lambda and box, as in one process of the official runs. Each image is mixed with its neighbour, which
+    by the layout of the batch is another image; where it is not (batches under 8 images), the group stays as it is.
+    """
+    choices = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
+    choices += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
+    groups = math.ceil(len(images) / group) if choices else 1
+    parts = []
+    for first in range(groups):                                          # a group: every groups-th image from `first` on
+        part, ids = (images[first::groups], labels[first::groups]), indices[first::groups]
+        if choices and (ids != ids.roll(1)).all():
+            parts.append(choices[torch.randint(len(choices), ())](*part))
+        else:
+            parts.append((part[0], F.one_hot(part[1], num_classes).float()))
+    images, targets = zip(*parts)
+    return (images[0], targets[0]) if groups == 1 else (torch.cat(images), torch.cat(targets))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets: anything that gives (RGB Pillow image, label)
+
+
+class Split(NamedTuple):
+    """One half of a dataset: `images[i]` gives (RGB Pillow image, label); `classes[label]` is its name."""
+    images: Dataset
+    classes: list
+
+
+class BadImage(RuntimeError):
+    """An image that cannot be read; the message is its path and the reason."""
+
+
+def read_rgb(path):
+    """Opens any image Pillow knows, as RGB, without regard to EXIF orientation, as the published numbers did."""
+    try:
+        with open(path, "rb") as file:
+            return Image.open(file).convert("RGB")
+    except Exception as error:                                           # Pillow raises anything from struct to zlib
+        raise BadImage(f"cannot read image {path}: {type(error).__name__}: {error}") from None
+
+
+def is_image(path):
+    name = os.path.basename(path)
+    return not name.startswith(".") and name.lower().endswith(datasets.folder.IMG_EXTENSIONS)
+
+
+class Folder(datasets.ImageFolder):
+    """torchvision's ImageFolder without hidden files and folders, and with errors that say what to do."""
+
+    def __init__(self, root):
+        super().__init__(root, loader=read_rgb, is_valid_file=is_image, allow_empty=True)
+        empty = sorted(set(range(len(self.classes))) - set(self.targets))
+        if empty:
+            names = ", ".join(self.classes[label] for label in empty[:5])
+            raise ValueError(f"{len(empty)} class folder(s) under {root} without images: {names}; fill or remove them")
+
+    def find_classes(self, directory):
+        entries = [entry for entry in os.scandir(directory) if not entry.name.startswith(".")]
+        classes = sorted(entry.name for entry in entries if entry.is_dir())
+        if not classes:
+            loose = sum(is_image(entry.name) for entry in entries)
+            raise ValueError(f"{directory} has {loose} images but no class folders: move each image into a folder "
+                             f"named for its class, {directory}/<class>/<image>")
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
+class Demo(Dataset):
+    """Digits rendered from Pillow's own font: ten classes, 64 x 64 pixels, deterministic, no files.
+
+    Bright on dark in random colours, turned, scaled, sheared, shifted, with pixel noise.
+    """
+    classes = [str(digit) for digit in range(10)]
+
+    def __init__(self, train):
+        self.train, self.size = train, 4000 if train else 1000
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng, label = np.random.default_rng([int(self.train), index]), index % 10
+        angle, scale = math.radians(rng.uniform(-12, 12)), rng.uniform(0.8, 1.15)
+        shear, (dx, dy) = rng.uniform(-0.1, 0.1), rng.uniform(-5, 5, 2)
+        # Inverse map from the 64 x 64 picture to the 96 x 96 glyph, about both centres.
+        a, b = math.cos(angle) / scale, math.sin(angle) / scale + shear
+        d, e = -math.sin(angle) / scale, math.cos(angle) / scale
+        matrix = (a, b, 48 - a * (32 + dx) - b * (32 + dy), d, e, 48 - d * (32 + dx) - e * (32 + dy))
+        glyph = draw_digit(label).transform((64, 64), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+        ink = np.asarray(glyph, np.float32)[:, :, None] / 255
+        pixels = rng.uniform(0, 90, 3) * (1 - ink) + rng.uniform(150, 255, 3) * ink + rng.normal(0, 8, (64, 64, 3))
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), label
+
+
+@lru_cache
+def draw_digit(digit):
+    image = Image.new("L", (96, 96))
+    ImageDraw.Draw(image).text((48, 48), str(digit), fill=255, font=ImageFont.load_default(64), anchor="mm")
+    return image
+
+
+def flowers102(root, train):
+    """The paper's split: 2,040 images to train on (its train and val), 6,149 to test on."""
+    parts = [datasets.Flowers102(root, split, download=True) for split in (("train", "val") if train else ("test",))]
+    return ConcatDataset(parts), getattr(parts[0], "classes", [f"flower {label + 1}" for label in range(102)])
+
+
+def with_classes(dataset):
+    return dataset, dataset.classes
+
+
+NAMED = {
+    "demo": lambda root, train: with_classes(Demo(train)),
+    "cifar10": lambda root, train: with_classes(datasets.CIFAR10(root, train=train, download=True)),
+    "cifar100": lambda root, train: with_classes(datasets.CIFAR100(root, train=train, download=True)),
+    "flowers102": flowers102,
+    "pets": lambda root, train: with_classes(datasets.OxfordIIITPet(root, "trainval" if train else "test", download=True)),
+}
+
+
+def open_split(data, *, train):
+    """The training or validation half of `data`: a folder with train/ and val/, or a name in NAMED, which torchvision
+    downloads to ./datasets. For validation a folder of class folders will do too. Raises FileNotFoundError or
+    ValueError that name the folder and the remedy."""
+    if data in NAMED:
+        return Split(*NAMED[data]("datasets", train))
+    root, name = Path(data), "train" if train else "val"
+    if not root.is_dir():
+        raise FileNotFoundError(f"no dataset {str(data)!r}: give a folder with train/ and val/ in it, or one of "
+                                f"{', '.join(NAMED)}")
+    if (root / name).is_dir():
+        root = root / name
+    elif train or (root / "train").is_dir():
+        found = ", ".join(sorted(entry.name for entry in root.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(f"no {name}/ folder in {root} (found: {found}): put class folders of images in {root / name}")
+    folder = Folder(root)
+    return Split(folder, folder.classes)
+
+
+def open_dataset(data):
+    """(training split, validation split), of the same classes. Raises ValueError where those differ."""
+    train, val = open_split(data, train=True), open_split(data, train=False)
+    if train.classes != val.classes:
+        only = {"train/": sorted(set(train.classes) - set(val.classes)), "val/": sorted(set(val.classes) - set(train.classes))}
+        parts = [f"{len(names)} only in {side} ({', '.join(names[:3])})" for side, names in only.items() if names]
+        raise ValueError(f"train/ and val/ of {data} have different classes: {', '.join(parts)}; they must be the same")
+    return train, val
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The contact sheet
+
+
+def contact_sheet(split, image_size, *, rows=8, seed=0):
+    """A Pillow image: one row per picture, from left to right the evaluation view, three training views as they reach
+    the model before mixing, then the first view mixed with a neighbouring row by mixup and by cutmix."""
+    spread = torch.randperm(len(split.images), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
+    evaluation = torch.stack([eval_transform(image_size)(split.images[index][0]) for index in spread])
+    draws = [(index, view) for view in range(3) for index in spread]
+    pixels, labels, indices, boxes = TrainBatches(split.images, image_size, seed=seed)[0, draws]
+    torch.manual_seed(seed)
+    views = erase(normalize(pixels), boxes)
+    mixed = []
+    for only in ({"cutmix": 0}, {"mixup": 0}):                           # groups of two: several lambdas on one sheet
+        pairs = [mix(*part, len(split.classes), group=2, **only)[0]
+                 for part in zip(views[:rows].split(2), labels[:rows].split(2), indices[:rows].split(2))]
+        mixed.append(torch.cat(pairs))
+    columns = [normalize(evaluation), *views.split(rows), *mixed]
+    titles = ["evaluation", "view 1", "view 2", "view 3", "mixup", "cutmix"]
+    return draw_grid(columns, titles, [split.classes[label] for label in labels[:rows]])
+
+
+def draw_grid(columns, titles, names):
+    """Columns of normalised images (rows, 3, S, S) as one picture with titles above and class names at the left."""
+    mean, std = mean_and_std(torch.device("cpu"))
+    side, gap, margin = columns[0].shape[-1], 6, 120
+    cell = max(side, 96)                                                 # room for the titles over small images
+    sheet = Image.new("RGB", (margin + len(columns) * (cell + gap), 24 + len(names) * (cell + gap)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for row, name in enumerate(names):
+        draw.text((margin - 8, 24 + row * (cell + gap) + cell // 2), name[:16], "black", font, anchor="rm")
+    for column, (images, title) in enumerate(zip(columns, titles)):
+        left = margin + column * (cell + gap)
+        draw.text((left + cell // 2, 12), title, "black", font, anchor="mm")
+        for row, image in enumerate(images):
+            pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            sheet.paste(Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST),
+                        (left, 24 + row * (cell + gap)))
+    return sheet
+
+
+class Openable(Dataset):
+    """For --check: item i is "" or the reason why image i cannot be read."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        try:
+            self.images[index]
+        except Exception as error:
+            return str(error)
+        return ""
+
+
+def check(split, name, workers):
+    """Opens every image; prints the bad ones and returns their number."""
+    loader = DataLoader(Openable(split.images), batch_size=64, num_workers=workers, collate_fn=list)
+    bad = [reason for batch in tqdm(loader, desc=f"check {name}", unit="batch") for reason in batch if reason]
+    print(f"{name}: {len(split.images)} images, {len(split.classes)} classes, {len(bad)} unreadable", *bad, sep="\n  ")
+    return len(bad)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draws a contact sheet of what the model will see, or checks every image.")
+    parser.add_argument("data", metavar="DIR", help=f"folder with train/ and val/, or one of {', '.join(NAMED)}")
+    parser.add_argument("--check", action="store_true", help="open every image and list those that cannot be read")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels of a view (default 224)")
+    parser.add_argument("--rows", type=int, default=8, help="pictures on the sheet (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other views (default 0)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes for --check (default: all cores)")
+    parser.add_argument("--output", default="contact_sheet.png", help="where the sheet goes (default contact_sheet.png)")
+    args = parser.parse_args()
+    try:
+        train, val = open_dataset(args.data)
+        if args.check:
+            sys.exit(1 if check(train, "train", args.workers) + check(val, "val", args.workers) else 0)
+        contact_sheet(train, args.image_size, rows=args.rows, seed=args.seed).save(args.output)
+    except (OSError, ValueError, BadImage) as error:
+        sys.exit(f"data.py: {error}")
+    print(f"{args.output}: {args.rows} of {len(train.images)} training images, {len(train.classes)} classes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,413 @@
+"""DeiT: the model, whole, and the loading of every published checkpoint.
+
+Touvron et al., "Training data-efficient image transformers & distillation through attention"
+(https://arxiv.org/abs/2012.12877): the vision transformer of section 3 and the distillation token of section 4.
+
+    python deit.py                                   prints the eight published models
+
+    model = deit.create_model("tiny", distilled=True)             fresh weights
+    model = deit.load_model("tiny-distilled")                     published weights: 74.476 % top-1 on ImageNet
+    model = deit.load_model("any/checkpoint.pth", image_size=384) position grid resized to 24 x 24
+
+Shapes, at the right margin where they change: B images, N tokens, D channels, H heads, K classes.
+"""
+import argparse
+import math
+import pickle
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+DEPTH, PATCH_SIZE, HEAD_DIM, LAYER_NORM_EPS = 12, 16, 64, 1e-6
+
+#        channels, heads            paper, table 1
+SIZES = {
+    "tiny": (192, 3),
+    "small": (384, 6),
+    "base": (768, 12),
+}
+
+
+class Published(NamedTuple):
+    """One checkpoint of the official repository, with the accuracies its README gives (ImageNet validation, %)."""
+    size: str
+    distilled: bool
+    image_size: int
+    top1: float
+    top5: float
+    file: str
+
+    @property
+    def url(self):
+        return f"https://dl.fbaipublicfiles.com/deit/{self.file}"
+
+
+PUBLISHED = {
+    "tiny": Published("tiny", False, 224, 72.202, 91.124, "deit_tiny_patch16_224-a1311bcf.pth"),
+    "tiny-distilled": Published("tiny", True, 224, 74.476, 91.920, "deit_tiny_distilled_patch16_224-b40b3cf7.pth"),
+    "small": Published("small", False, 224, 79.854, 94.968, "deit_small_patch16_224-cd65a155.pth"),
+    "small-distilled": Published("small", True, 224, 81.164, 95.376, "deit_small_distilled_patch16_224-649709d9.pth"),
+    "base": Published("base", False, 224, 81.846, 95.594, "deit_base_patch16_224-b5f2ef4d.pth"),
+    "base-distilled": Published("base", True, 224, 83.372, 96.482, "deit_base_distilled_patch16_224-df68dfff.pth"),
+    "base-384": Published("base", False, 384, 82.890, 96.222, "deit_base_patch16_384-8de9b5d1.pth"),
+    "base-distilled-384": Published("base", True, 384, 85.224, 97.186, "deit_base_distilled_patch16_384-d0272ac0.pth"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class PatchEmbed(nn.Module):
+    """Cuts the image into 16 x 16 patches, row by row, and projects each to D channels."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, PATCH_SIZE, stride=PATCH_SIZE)
+
+    def forward(self, images):                                                                      # (B, 3, S, S)
+        return self.proj(images).flatten(2).transpose(1, 2)                                         # (B, patches, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(q k' / sqrt(64)) v: the paper's equation 1."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def split_heads(self, x):
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)                                     # (B, H, N, 64)
+
+    def forward(self, x, queries=None):                                                             # (B, N, D)
+        """Attends from the first `queries` tokens (None: from all) to all tokens."""
+        dim = x.shape[2]
+        if queries is None:
+            q, k, v = self.qkv(x).split(dim, dim=2)
+        else:
+            q = F.linear(x[:, :queries], self.qkv.weight[:dim], self.qkv.bias[:dim])
+            k, v = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).split(dim, dim=2)
+        x = F.scaled_dot_product_attention(self.split_heads(q), self.split_heads(k), self.split_heads(v))
+        return self.proj(x.transpose(1, 2).flatten(2))                                              # (B, queries, D)
+
+    def maps(self, x):
+        """The attention of every token to every token, written out: each row sums to 1."""
+        q, k, _ = self.qkv(x).split(x.shape[2], dim=2)
+        q, k = self.split_heads(q), self.split_heads(k)
+        return ((q * HEAD_DIM**-0.5) @ k.transpose(2, 3)).softmax(dim=3)                            # (B, H, N, N)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), each branch dropped per image with probability `drop_path`."""
+
+    def __init__(self, dim, heads, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(dim)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x, outputs=None):
+        """Computes the first `outputs` tokens only (None: all); every token is still attended to."""
+        x = x[:, :outputs] + self.drop_path(self.attn(self.norm1(x), outputs))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class DeiT(nn.Module):
+    """The transformer of section 3; `distilled` adds the token and the head of section 4.
+
+    Parameter names and shapes are the official checkpoints'. `image_size` is a multiple of 16 (pixels, square);
+    `drop_path` is the rate of the last block, rising linearly from 0 in the first.
+    """
+
+    def __init__(self, dim, heads, *, distilled=False, image_size=224, num_classes=1000, drop_path=0.0):
+        super().__init__()
+        self.distilled, self.image_size, self.num_classes = distilled, image_size, num_classes
+        self.patch_embed = PatchEmbed(dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        if distilled:
+            self.dist_token = nn.Parameter(torch.empty(1, 1, dim))
+        num_tokens = (image_size // PATCH_SIZE) ** 2 + (2 if distilled else 1)
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / (DEPTH - 1)) for i in range(DEPTH))
+        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(dim, num_classes)
+        if distilled:
+            self.head_dist = nn.Linear(dim, num_classes)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Truncated normal with std 0.02 for every linear layer, token and position; biases 0. LayerNorm (1, 0) and
+        the patch projection (uniform within 1/sqrt(768), bias too) keep PyTorch's defaults, as the official code does."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for token in (*self.tokens, self.pos_embed):
+            nn.init.trunc_normal_(token, std=0.02)
+
+    @property
+    def tokens(self):
+        """The learned tokens that stand before the patches: class, and distillation if there is one."""
+        return (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)
+
+    def embed(self, images):                                                                        # (B, 3, S, S)
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"this model takes images of shape (B, 3, {self.image_size}, {self.image_size}), "
+                             f"not {tuple(images.shape)}; load_model(..., image_size=...) makes one for another size")
+        patches = self.patch_embed(images)
+        tokens = [token.expand(len(images), -1, -1) for token in self.tokens]
+        return torch.cat((*tokens, patches), dim=1) + self.pos_embed                                # (B, N, D)
+
+    def features(self, images):
+        """The final class token, and distillation token if there is one: (B, 1 or 2, D)."""
+        x = self.embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        # The heads read nothing but these tokens, so the last block computes no others: same output, 7 % fewer FLOPs.
+        x = self.blocks[-1](x, len(self.tokens))                                                    # (B, 1 or 2, D)
+        return self.norm(x)
+
+    def forward_heads(self, images):
+        """(class logits, distillation logits), each (B, K), in training and in evaluation mode. Distilled models only."""
+        if not self.distilled:
+            raise ValueError("forward_heads needs a distilled model; this one has only the class head")
+        x = self.features(images)
+        return self.head(x[:, 0]), self.head_dist(x[:, 1])                                          # 2 x (B, K)
+
+    def forward(self, images):
+        """Logits (B, K). A distilled model gives the pair of its heads in training mode and their mean in evaluation.
+
+        The paper's section 4 adds the two softmaxes; the official code, whose numbers are the published ones, averages
+        the logits, and so do we.
+        """
+        if not self.distilled:
+            return self.head(self.features(images)[:, 0])                                           # (B, K)
+        class_logits, distillation_logits = self.forward_heads(images)
+        return (class_logits, distillation_logits) if self.training else (class_logits + distillation_logits) / 2
+
+    def attention_maps(self, images):
+        """(B, depth, H, N, N): how much each token (row) of each block attends to each (column); rows sum to 1.
+        Tokens are in the order class, distillation (if distilled), patches row by row."""
+        x, maps = self.embed(images), []
+        for block in self.blocks:
+            maps.append(block.attn.maps(block.norm1(x)))
+            x = block(x)
+        return torch.stack(maps, dim=1)
+
+
+def create_model(size, *, distilled=False, image_size=224, num_classes=1000, drop_path=0.0):
+    """A DeiT with fresh weights. Raises ValueError for an unknown size or an image size that is no multiple of 16."""
+    if size not in SIZES:
+        raise ValueError(f"unknown model size {size!r}: choose one of {', '.join(SIZES)}")
+    if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
+        near = max(PATCH_SIZE, round(image_size / PATCH_SIZE) * PATCH_SIZE)
+        raise ValueError(f"image size {image_size} is not a multiple of the patch size {PATCH_SIZE}: try {near}")
+    return DeiT(*SIZES[size], distilled=distilled, image_size=image_size, num_classes=num_classes, drop_path=drop_path)
+
+
+def count_macs(model):
+    """Multiply-accumulates for one image: patches, blocks (attention products included) and heads, counted for the
+    architecture as published, that is without the saving in the last block."""
+    num_tokens, dim = model.pos_embed.shape[1:]
+    num_patches = num_tokens - len(model.tokens)
+    blocks = DEPTH * (12 * num_tokens * dim**2 + 2 * num_tokens**2 * dim)
+    return num_patches * 3 * PATCH_SIZE**2 * dim + blocks + len(model.tokens) * dim * model.num_classes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: four layouts, one set of names
+
+# Regular expressions that turn other projects' parameter names into the official ones; the first that matches counts.
+MMPRETRAIN_NAMES = [
+    (r"backbone\.layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
+    (r"backbone\.layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
+    (r"backbone\.layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"backbone\.layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
+    (r"backbone\.patch_embed\.projection\.", "patch_embed.proj."),
+    (r"backbone\.ln1\.", "norm."),
+    (r"backbone\.", ""),
+    (r"head\.layers\.", ""),
+]
+# Two generations: files on the hub (transformers <= 4) | what transformers 5 holds in memory.
+HUGGING_FACE_NAMES = [
+    (r"(?:deit|vit)\.embeddings\.distillation_token", "dist_token"),
+    (r"(?:deit|vit)\.embeddings\.position_embeddings", "pos_embed"),
+    (r"(?:deit|vit)\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"(?:deit|vit)\.embeddings\.", ""),
+    (r"(?:deit|vit)\.(?:encoder\.layer|layers)\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
+    (r"(?:deit|vit)\.(?:encoder\.layer|layers)\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
+    (r"(?:deit|vit)\.encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.", r"blocks.\1.attn.\2."),
+    (r"(?:deit|vit)\.layers\.(\d+)\.attention\.q_proj\.", r"blocks.\1.attn.query."),
+    (r"(?:deit|vit)\.layers\.(\d+)\.attention\.k_proj\.", r"blocks.\1.attn.key."),
+    (r"(?:deit|vit)\.layers\.(\d+)\.attention\.v_proj\.", r"blocks.\1.attn.value."),
+    (r"(?:deit|vit)\.encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+    (r"(?:deit|vit)\.layers\.(\d+)\.attention\.o_proj\.", r"blocks.\1.attn.proj."),
+    (r"(?:deit|vit)\.encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
+    (r"(?:deit|vit)\.encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
+    (r"(?:deit|vit)\.layers\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
+    (r"(?:deit|vit)\.layernorm\.", "norm."),
+    (r"(?:cls_)?classifier\.", "head."),
+    (r"distillation_classifier\.", "head_dist."),
+]
+
+
+def rename(name, rules):
+    for pattern, replacement in rules:
+        renamed, matched = re.subn("^" + pattern, replacement, name)
+        if matched:
+            return renamed
+    return name
+
+
+def official_names(state):
+    """Renames a state dict of any of the four layouts to the official names, joining split query/key/value."""
+    state = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+    if "backbone.cls_token" in state:
+        return {rename(name, MMPRETRAIN_NAMES): tensor for name, tensor in state.items()}
+    if "deit.embeddings.cls_token" in state or "vit.embeddings.cls_token" in state:
+        state = {rename(name, HUGGING_FACE_NAMES): tensor for name, tensor in state.items()}
+        for name in [name for name in state if ".attn.query." in name]:
+            parts = [state.pop(name.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
+            state[name.replace(".query.", ".qkv.")] = torch.cat(parts)
+    return state
+
+
+def read_checkpoint(source):
+    """What a file, an https URL or a published name holds, read without executing anything in it.
+
+    URLs go through torch.hub's cache and are checked against the hash in their file name. Raises FileNotFoundError for
+    a missing file and ValueError for one that is not a checkpoint of tensors and plain values.
+    """
+    source = str(source)
+    if source in PUBLISHED:
+        source = PUBLISHED[source].url
+    try:
+        if source.startswith("https://"):
+            return torch.hub.load_state_dict_from_url(source, map_location="cpu", check_hash=True, weights_only=True)
+        if source.endswith(".safetensors"):
+            return read_safetensors(source)
+        with torch.serialization.safe_globals([argparse.Namespace]):     # the official code keeps its args in the file
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no weights file {source!r}; a path, an https URL or one of "
+                                f"{', '.join(PUBLISHED)} is expected") from None
+    except OSError as error:                                             # no network, a folder, no permission
+        raise OSError(f"cannot read weights {source!r}: {error}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).split("\n")[0][:200]
+        raise ValueError(f"{source!r} is not a checkpoint of tensors and plain values, or is damaged: {reason}") from None
+
+
+def read_safetensors(path):
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ValueError(f"reading {path!r} needs one more package: pip install safetensors") from None
+    return load_file(path)
+
+
+def find_weights(checkpoint, source, *, ema=False):
+    """The state dict within a checkpoint, under official names; None if there is no DeiT in it.
+
+    `ema` takes the averaged weights of a training checkpoint instead of the raw ones.
+    """
+    if not isinstance(checkpoint, dict):
+        return None
+    wrapper = "model_ema" if ema else next((key for key in ("model", "state_dict") if key in checkpoint), None)
+    if ema and checkpoint.get(wrapper) is None:
+        raise ValueError(f"{source!r} holds no averaged (EMA) weights; it was trained without --ema")
+    state = checkpoint[wrapper] if wrapper else checkpoint
+    if not isinstance(state, dict):
+        return None
+    state = official_names({name: value for name, value in state.items() if isinstance(value, torch.Tensor)})
+    return state if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys() else None
+
+
+def resize_positions(pos_embed, num_tokens, image_size):
+    """Interpolates the patch grid of a position embedding (1, N, D) to another image size; class and distillation
+    entries stay. Bicubic, which keeps the vectors' norm (paper, section 3), without corner alignment or antialiasing,
+    as the published 384 models were made."""
+    extra, grid = pos_embed[:, :num_tokens], pos_embed[:, num_tokens:]
+    side, new_side = math.isqrt(grid.shape[1]), image_size // PATCH_SIZE
+    if side == new_side:
+        return pos_embed
+    grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()                              # (1, D, side, side)
+    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
+    return torch.cat((extra, grid.flatten(2).transpose(1, 2).to(extra.dtype)), dim=1)
+
+
+def describe_keys(checkpoint):
+    keys = list(checkpoint) if isinstance(checkpoint, dict) else [type(checkpoint).__name__]
+    return ", ".join(map(str, keys[:4])) + (", ..." if len(keys) > 4 else "")
+
+
+def load_model(source, *, image_size=None, num_classes=None, drop_path=0.0, ema=False):
+    """A DeiT from a path, an https URL, a published name, or a checkpoint already read. In evaluation mode.
+
+    Size, distilled or not, image size and number of classes come from the tensors; the file may be in the official (or
+    timm), mmpretrain, Hugging Face or this project's own layout. Loading is strict. `image_size` resizes the position
+    grid; `num_classes`, where it differs from the file's, gives fresh heads and says so. Raises FileNotFoundError or
+    ValueError naming the file and what was wrong with it.
+    """
+    checkpoint, source = (source, "checkpoint") if isinstance(source, dict) else (read_checkpoint(source), str(source))
+    state = find_weights(checkpoint, source, ema=ema)
+    if state is None:
+        raise ValueError(f"no DeiT in {source!r}: expected cls_token, pos_embed, patch_embed.proj.weight, ... "
+                         f"(or mmpretrain's or Hugging Face's names for them), found {describe_keys(checkpoint)}")
+    dim, distilled = state["cls_token"].shape[-1], "dist_token" in state
+    size = next((name for name, (width, _) in SIZES.items() if width == dim), None)
+    num_tokens = 2 if distilled else 1
+    side = math.isqrt(max(0, state["pos_embed"].shape[1] - num_tokens))
+    if size is None or state["patch_embed.proj.weight"].shape[-1] != PATCH_SIZE or "head.weight" not in state or (
+            side**2 + num_tokens != state["pos_embed"].shape[1]):
+        raise ValueError(f"{source!r} is a vision transformer, but no DeiT with a classifier: width {dim} (expected 192, "
+                         f"384 or 768), patch {state['patch_embed.proj.weight'].shape[-1]} (16), {len(state)} tensors")
+    model = create_model(size, distilled=distilled, drop_path=drop_path, image_size=image_size or PATCH_SIZE * side,
+                         num_classes=num_classes or len(state["head.weight"]))
+    state["pos_embed"] = resize_positions(state["pos_embed"], num_tokens, model.image_size)
+    if model.num_classes != len(state["head.weight"]):
+        print(f"{source}: fresh head for {model.num_classes} classes in place of the file's {len(state['head.weight'])}")
+        heads = ("head", "head_dist") if distilled else ("head",)
+        state |= {f"{head}.{name}": value for head in heads for name, value in getattr(model, head).state_dict().items()}
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip() for line in str(error).split("\n")[1:])[:300]
+        raise ValueError(f"{source!r} does not fit DeiT-{size}{' distilled' if distilled else ''}: {reason}") from None
+    return model.eval()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prints the table of the eight published models.")
+    parser.parse_args()
+    print(f"{'model':<20}{'tokens':>7}{'image':>7}{'parameters':>12}{'GMACs':>9}{'top-1':>9}{'top-5':>9}  file")
+    for name, published in PUBLISHED.items():
+        with torch.device("meta"):                                       # shapes only: nothing is allocated
+            model = create_model(published.size, distilled=published.distilled, image_size=published.image_size)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{name:<20}{model.pos_embed.shape[1]:>7}{published.image_size:>7}{parameters:>12,}"
+              f"{count_macs(model) / 1e9:>9.4f}{published.top1:>9.3f}{published.top5:>9.3f}  {published.file}")
+    print("top-1 and top-5: as published by the authors, ImageNet validation, %")
+
+
+if __name__ == "__main__":
+    main()

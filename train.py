@@ -1,0 +1,659 @@
+"""The recipe of DeiT, and the loop that applies it.
+
+Sections 5 and 6 and table 9 of "Training data-efficient image transformers & distillation through attention"
+(https://arxiv.org/abs/2012.12877). Published results of this recipe on ImageNet (top-1, 300 epochs): tiny 72.2, small
+79.8, base 81.8; with --distill 74.5, 81.2, 83.4.
+
+    torchrun --nproc_per_node 4 train.py --model tiny --distill --data imagenet    four GPUs
+    python train.py --model tiny --distill                                         no data: the built-in demo
+    python train.py --model regnet_y_16gf --data DIR                               a teacher for your own classes
+    python train.py --resume --output runs/NAME                                    goes on with an interrupted run
+
+A run is one folder: last.pth (to resume), best.pth (to use), log.jsonl (an object per epoch), TensorBoard events.
+The batch size is that of all processes together, so results do not depend on their number.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import data
+import deit
+import distill
+import teacher
+from evaluate import (BATCH_SIZE, OneLineParser, evaluate, join_processes, one_line_errors, one_per_machine_first,
+                      usable_cpus)
+
+LOG_EVERY = 20                                                           # steps between two looks at the loss
+CHECKPOINT_MINUTES = 30                                                  # between two checkpoints within an epoch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe. Defaults are the paper's (table 9); the command line is made from this class.
+
+
+def flag(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Recipe:
+    model: str = flag("tiny", "tiny, small, base, or a torchvision RegNet (to make a teacher)")
+    distill: str = flag(None, "learn from a teacher as well; hard (equation 3) or soft (equation 2)")
+    data: str = flag(None, f"folder with train/ and val/, or {', '.join(data.NAMED)}; default ./imagenet, else demo")
+    teacher: str = flag("official", "the paper's RegNetY-16GF, a torchvision RegNet's name, a file or a URL")
+    init: str = flag(None, "weights to start from: a file, a URL or a published name")
+    image_size: int = flag(224, "pixels, a multiple of 16")
+    epochs: int = flag(300, "an epoch is as many views as there are images (1000 in the paper's long runs)")
+    batch_size: int = flag(1024, "images per optimiser step, over all processes")
+    accum_steps: int = flag(1, "parts in which each process computes its share of a batch")
+    lr: float = flag(5e-4, "peak learning rate for a batch of 512; scaled by batch / 512")
+    min_lr: float = flag(1e-5, "where the cosine ends; not scaled, as in the official code")
+    warmup_lr: float = flag(1e-6, "where the warm-up starts; not scaled")
+    warmup_epochs: float = flag(5.0, "linear warm-up")
+    weight_decay: float = flag(0.05, "AdamW's; not for biases, norms, class token and positions")
+    drop_path: float = flag(0.1, "stochastic depth of the last block, rising from 0 in the first")
+    label_smoothing: float = flag(0.1, "share of each target spread over all classes")
+    rand_augment: float = flag(9.0, "magnitude 0 to 10, mean of Normal(m, 0.5); 0 turns RandAugment off")
+    erasing: float = flag(0.25, "probability of erasing a rectangle of a view")
+    repeats: int = flag(3, "views of each drawn image in an epoch; 1 turns repeated augmentation off")
+    mixup: float = flag(0.8, "alpha of Beta(alpha, alpha); 0 turns it off")
+    cutmix: float = flag(1.0, "alpha of Beta(alpha, alpha); 0 turns it off")
+    mix_group: int = flag(None, "most images that share one lambda; default as the official runs: 64 base, 256 others")
+    alpha: float = flag(None, "weight of the distillation term; default the paper's: 0.5 hard, 0.1 soft")
+    temperature: float = flag(3.0, "of soft distillation")
+    ema: float = flag(0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none (the paper's default)")
+    precision: str = flag("auto", "bf16, fp16 or fp32; auto is bf16 on GPUs that have it, else fp32")
+    compile: bool = flag(False, "torch.compile the model")
+    workers: int = flag(None, "loader processes per process; default usable CPUs / processes here")
+    seed: int = flag(0, "everything random follows from it")
+    output: str = flag(None, "the run's folder; default runs/<model>-<data>, numbered")
+    resume: bool = flag(False, "go on with the run in --output, by default the newest of its name")
+
+
+# What the built-in demo changes: 64 pixels and minutes instead of 224 and days. The rest is the paper's.
+DEMO = {"data": "demo", "image_size": 64, "epochs": 10, "batch_size": 48, "lr": 5e-4 * 512 / 48, "warmup_epochs": 1.0}
+# And for the demo's teacher, a small convnet that learns the digits in three epochs.
+DEMO_TEACHER = {"model": "regnet_y_400mf", "epochs": 3, "lr": 2e-3 * 512 / 48, "mixup": 0.0, "cutmix": 0.0}
+
+
+def parse_recipe():
+    """The flags as typed, as a dict: nothing in it was not typed."""
+    parser = OneLineParser(description="Trains a DeiT, or a RegNet to teach one.", allow_abbrev=False,
+                           argument_default=argparse.SUPPRESS)
+    for item in fields(Recipe):
+        name, shown = "--" + item.name.replace("_", "-"), item.metadata["help"]
+        if item.default not in (None, False):
+            shown += f" (default {item.default:g})" if isinstance(item.default, float) else f" (default {item.default})"
+        if item.name == "distill":
+            parser.add_argument(name, nargs="?", const="hard", choices=["hard", "soft"], help=shown)
+        elif item.name == "precision":
+            parser.add_argument(name, choices=["auto", "bf16", "fp16", "fp32"], help=shown)
+        elif item.type is bool:
+            parser.add_argument(name, action="store_true", help=shown)
+        else:
+            parser.add_argument(name, type=item.type, metavar=item.type.__name__.upper(), help=shown)
+    return vars(parser.parse_args())
+
+
+def make_recipe(typed):
+    """The paper's values, changed by the demo's where that is the data, changed by what was typed. Raises ValueError
+    for values that make no sense, before anything is read."""
+    choice = {"data": "imagenet" if Path("imagenet").is_dir() else "demo"} | typed
+    if choice["data"] == "demo":
+        choice = DEMO | choice
+    recipe = Recipe(**choice)
+    is_deit = recipe.model in deit.SIZES
+    if not is_deit and recipe.model not in teacher.REGNETS:
+        raise ValueError(f"unknown model {recipe.model!r}: --model {', '.join(deit.SIZES)}, or a RegNet such as "
+                         "regnet_y_16gf to make a teacher")
+    if recipe.distill and not is_deit:
+        raise ValueError(f"--distill trains a DeiT, not {recipe.model}: leave it out to make a teacher")
+    if "teacher" in typed and not recipe.distill:
+        raise ValueError(f"--teacher {recipe.teacher} without --distill: add --distill, or leave the teacher out")
+    for name in ("image_size", "epochs", "batch_size", "accum_steps", "repeats"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: it must be 1 or more")
+    if is_deit and recipe.image_size % deit.PATCH_SIZE:
+        deit.create_model(recipe.model, image_size=recipe.image_size)    # raises, with the size to use instead
+    recipe.alpha = recipe.alpha if recipe.alpha is not None else 0.1 if recipe.distill == "soft" else 0.5
+    recipe.mix_group = recipe.mix_group or (64 if recipe.model == "base" else 256)
+    return recipe
+
+
+def learning_rate(recipe, epoch):
+    """The rate at a fractional epoch: linear warm-up, then a cosine counted from epoch 0 (not from the end of the
+    warm-up), as timm has it. The official code uses each value one epoch late, and a constant within each epoch."""
+    peak = recipe.lr * recipe.batch_size / 512
+    if epoch < recipe.warmup_epochs:
+        return recipe.warmup_lr + (peak - recipe.warmup_lr) * epoch / recipe.warmup_epochs
+    return recipe.min_lr + (peak - recipe.min_lr) * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
+
+
+def parameter_groups(model, weight_decay):
+    """Two groups for the optimiser. Vectors, class token and positions do not decay; the distillation token does, as in
+    the official code, where that is on purpose (facebookresearch/deit, issue 48)."""
+    groups = {0.0: [], weight_decay: []}
+    for name, parameter in model.named_parameters():
+        spared = parameter.ndim <= 1 or name in ("cls_token", "pos_embed")
+        groups[0.0 if spared else weight_decay].append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+class Student(NamedTuple):
+    """What is trained: the model, the same model joined over processes, its average or None, and what moves it."""
+    model: nn.Module
+    joined: nn.Module
+    average: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def train_epoch(student, teacher_model, loader, recipe, num_classes, place, epoch, progress):
+    """One epoch, or what the sampler left of it. Yields the number of steps done whenever it is time to save."""
+    sampler, batches = loader.sampler.sampler, iter(loader)
+    student.joined.train()
+    for step in range(sampler.first_step, sampler.steps):
+        lr = learning_rate(recipe, epoch + step / sampler.steps)
+        for group in student.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(data.seed_from(recipe.seed, epoch * sampler.steps + step, place.rank))
+        for part in range(recipe.accum_steps):
+            pixels, labels, indices, boxes = progress.wait_for(batches)
+            images = data.erase(data.normalize(pixels.to(place.device, non_blocking=True)), boxes)
+            labels = labels.to(place.device, non_blocking=True)
+            images, targets = data.mix(images, labels, indices, num_classes, mixup=recipe.mixup, cutmix=recipe.cutmix,
+                                       group=recipe.mix_group)
+            with autocast(recipe.precision, place), gradients_joined(student, part == recipe.accum_steps - 1):
+                teacher_logits = ask(teacher_model, images)
+                terms = objective(student.joined(images), targets, teacher_logits, recipe)
+                student.scaler.scale(terms[0] / recipe.accum_steps).backward()
+            progress.add(terms)
+        student.scaler.step(student.optimizer)
+        student.scaler.update()
+        student.optimizer.zero_grad()
+        if student.average:
+            student.average.update_parameters(student.model)
+        if progress.report(epoch, step, lr):
+            yield step + 1
+
+
+def ask(teacher_model, images):
+    with torch.no_grad():
+        return teacher_model(images) if teacher_model else None
+
+
+def objective(outputs, targets, teacher_logits, recipe):
+    """(loss,) without a teacher; (loss, class term, distillation term) with one."""
+    if teacher_logits is None:
+        return (F.cross_entropy(outputs, targets, label_smoothing=recipe.label_smoothing),)
+    return distill.distillation_loss(*outputs, targets, teacher_logits, kind=recipe.distill, alpha=recipe.alpha,
+                                     temperature=recipe.temperature, label_smoothing=recipe.label_smoothing)
+
+
+def autocast(precision, place):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(place.device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def gradients_joined(student, last):
+    """Gradients are averaged over the processes in the last part of a step only."""
+    return contextlib.nullcontext() if last or student.joined is student.model else student.joined.no_sync()
+
+
+class Progress:
+    """Sums the loss terms on the device, and now and then brings them to the host, the bar and TensorBoard.
+
+    Now and then is every LOG_EVERY steps on a GPU, where looking at a number makes the host wait, and every step on a
+    CPU. In the same exchange the ranks agree whether to stop (any got a signal) or to save (the first finds it is time).
+    """
+
+    def __init__(self, place, recipe, folder, steps, state):
+        self.place, self.recipe, self.steps = place, recipe, steps
+        self.every = 1 if place.device.type == "cpu" else LOG_EVERY
+        self.terms = ("loss", "class_loss", "distillation_loss") if recipe.distill else ("loss",)
+        self.sums = torch.zeros(len(self.terms), device=place.device)
+        self.epoch_sums = torch.tensor(state["epoch_sums"] or [0.0] * len(self.terms), dtype=torch.float64)
+        self.signal, self.stopping = 0, False
+        self.saved = self.since = time.monotonic()
+        self.waited, self.steps_since = 0.0, 0
+        self.bar = self.writer = None
+        if place.rank == 0:
+            self.bar = tqdm(initial=state["step"], total=recipe.epochs * steps, unit="step", smoothing=0.05)
+            self.writer = SummaryWriter(folder, purge_step=state["step"] + 1)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+
+    def wait_for(self, batches):
+        asked = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - asked
+        return batch
+
+    def add(self, terms):
+        self.sums += torch.stack(terms).detach() / self.recipe.accum_steps
+
+    def report(self, epoch, step, lr):
+        """True if it is time to save. Raises FloatingPointError on all ranks if the loss of any is not finite."""
+        self.steps_since += 1
+        if (step + 1) % self.every and step + 1 < self.steps:
+            return False
+        due = self.place.rank == 0 and time.monotonic() - self.saved > 60 * CHECKPOINT_MINUTES
+        wishes = self.sums.new_tensor([float(self.signal > 0), float(due)])
+        exchange = torch.cat((self.sums / self.place.world_size, wishes))
+        if self.place.world_size > 1:
+            dist.all_reduce(exchange)
+        *sums, stop, due = exchange.tolist()
+        if not all(map(math.isfinite, sums)):
+            raise FloatingPointError(
+                f"the loss became {sums[0]} in epoch {epoch}, between steps {step + 1 - self.steps_since} and {step}, at "
+                f"learning rate {lr:.3g}; last.pth is from before: try a lower --lr, or --precision fp32")
+        self.epoch_sums += torch.tensor(sums, dtype=torch.float64)
+        if self.place.rank == 0:
+            self.show(epoch, step, lr, sums)
+        self.sums.zero_()
+        self.since, self.waited, self.steps_since = time.monotonic(), 0.0, 0
+        self.stopping = stop > 0
+        return (self.stopping or due > 0) and step + 1 < self.steps      # the end of an epoch is saved in any case
+
+    def show(self, epoch, step, lr, sums):
+        """The bar and TensorBoard, on the first rank."""
+        seconds, count = time.monotonic() - self.since, self.steps_since
+        values = {name: total / count for name, total in zip(self.terms, sums)}
+        values |= {"lr": lr, "images_per_second": self.recipe.batch_size * count / seconds,
+                   "data_wait_share": self.waited / seconds}
+        for name, value in values.items():
+            self.writer.add_scalar(f"train/{name}", value, epoch * self.steps + step + 1)
+        self.bar.set_description_str(f"epoch {epoch}", refresh=False)
+        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, lr {lr:.2e}, {values['images_per_second']:.0f} images/s, "
+                                 f"waiting for data {values['data_wait_share']:.0%}", refresh=False)
+        self.bar.update(count)
+
+    def end_epoch(self, record):
+        """Validation, on the first rank's bar and TensorBoard; the next epoch's sums start at zero."""
+        if self.place.rank == 0:
+            for name, value in record.items():
+                if name not in ("epoch", "step", "lr"):
+                    self.writer.add_scalar(f"epoch/{name}", value, record["step"])
+            self.writer.flush()
+            heads = [f"{head} {record[f'{head}_top1']:.2f}" for head in ("class", "distillation", "ema")
+                     if f"{head}_top1" in record]
+            self.bar.write(f"epoch {record['epoch']:>3}  loss {record['train_loss']:.4f}  top-1 {record['top1']:.2f}  top-5 "
+                           f"{record['top5']:.2f}" + (f"  ({', '.join(heads)})" if heads else ""))
+        self.epoch_sums.zero_()
+        self.since = time.monotonic()
+
+    def close(self):
+        if self.place.rank == 0:
+            self.bar.close()
+            self.writer.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save(content, path):
+    """Writes a checkpoint whole or not at all: to a file beside it, flushed to the disk, then renamed. Plain values and
+    tensors only. Raises OSError that names the file."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:                             # torch reports a full disk as RuntimeError
+        beside.unlink(missing_ok=True)
+        reason = str(error).split("\n")[0]
+        raise OSError(f"cannot write {path} ({reason}); make room and go on with --resume --output {path.parent}") from None
+
+
+def weights_of(run):
+    """What evaluate.py and --init need: both checkpoints of a run hold it."""
+    average = run.student.average.module.state_dict() if run.student.average else None
+    return {"model": run.student.model.state_dict(), "model_ema": average, "classes": run.train_split.classes,
+            "recipe": asdict(run.recipe)}
+
+
+def save_last(run, state, folder):
+    optimizer, scaler = run.student.optimizer.state_dict(), run.student.scaler.state_dict()
+    save(weights_of(run) | {"optimizer": optimizer, "scaler": scaler, "state": state}, folder / "last.pth")
+
+
+def save_log(records, folder):
+    """Writes the whole log anew: after a resume it holds each epoch once."""
+    beside = folder / "log.jsonl.tmp"
+    beside.write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(beside, folder / "log.jsonl")
+
+
+def restore(student, checkpoint):
+    """Puts the weights, the average and the optimiser back as they were saved."""
+    student.model.load_state_dict(checkpoint["model"])
+    if student.average:
+        student.average.module.load_state_dict(checkpoint["model_ema"])
+    student.optimizer.load_state_dict(checkpoint["optimizer"])
+    student.scaler.load_state_dict(checkpoint["scaler"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def build_model(recipe, num_classes):
+    """The model with fresh weights, or those of --init. Raises ValueError where these are of another kind."""
+    torch.manual_seed(recipe.seed)
+    if recipe.model in teacher.REGNETS:
+        return (teacher.load_regnet(recipe.init, num_classes=num_classes) if recipe.init else
+                teacher.create_regnet(recipe.model, num_classes))
+    if not recipe.init:
+        return deit.create_model(recipe.model, distilled=bool(recipe.distill), image_size=recipe.image_size,
+                                 num_classes=num_classes, drop_path=recipe.drop_path)
+    model = deit.load_model(recipe.init, image_size=recipe.image_size, num_classes=num_classes, drop_path=recipe.drop_path)
+    size = next(size for size, (dim, _) in deit.SIZES.items() if dim == model.pos_embed.shape[2])
+    if (size, model.distilled) != (recipe.model, bool(recipe.distill)):
+        raise ValueError(f"--init {recipe.init} is a {size} model {'with' if model.distilled else 'without'} distillation "
+                         f"token: --model {size} {'--distill' if model.distilled else 'without --distill'}")
+    return model
+
+
+def build_student(model, recipe, place):
+    """Everything that is trained, on its device, the same on every rank."""
+    model, average, joined = model.to(place.device), None, model
+    if recipe.ema:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+        average.n_averaged.fill_(1)                                      # it starts from the initial weights
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=0.0, fused=True)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=recipe.precision == "fp16")
+    if recipe.compile:
+        model.compile()
+    if place.world_size > 1:
+        devices = [place.device] if place.device.type == "cuda" else None
+        joined = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    return Student(model, joined, average, optimizer, scaler)
+
+
+def choose_precision(precision, place):
+    """Turns auto into a precision that the device has. Raises ValueError for one that it has not."""
+    on_gpu = place.device.type == "cuda"
+    if precision == "auto":
+        return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if precision == "fp16" and not on_gpu:
+        raise ValueError("--precision fp16 needs a GPU: use fp32 or bf16 here")
+    return precision
+
+
+def split_batch(recipe, place):
+    """Images that a process computes at a time. Raises ValueError if the batch does not divide."""
+    parts = place.world_size * recipe.accum_steps
+    if recipe.batch_size % parts:
+        raise ValueError(f"--batch-size {recipe.batch_size} does not divide by {place.world_size} process(es) x "
+                         f"{recipe.accum_steps} part(s): try {max(1, round(recipe.batch_size / parts)) * parts}")
+    return recipe.batch_size // parts
+
+
+def measure_teacher(run, place):
+    """Its Score on 256 validation images or so, spread over all classes: a random head or foreign classes show at once."""
+    images = run.val_split.images
+    loader = data.eval_loader(images, run.recipe.image_size, batch_size=BATCH_SIZE, workers=run.workers, rank=place.rank,
+                              world_size=place.world_size, subset=range(0, len(images), max(1, len(images) // 256)))
+    return evaluate(run.teacher, loader, place.device)["mean"]
+
+
+def banner(run, place, folder, teacher_score):
+    """What is about to happen, in a few lines to check before leaving it alone."""
+    recipe, sampler = run.recipe, run.loader.sampler.sampler
+    demo = [f"{name} {getattr(recipe, name):.4g}" if isinstance(value, float) else f"{name} {getattr(recipe, name)}"
+            for name, value in asdict(Recipe()).items()
+            if name in DEMO | DEMO_TEACHER and name not in ("data", "model") and getattr(recipe, name) != value]
+    parameters = sum(parameter.numel() for parameter in run.student.model.parameters())
+    where = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
+    lines = {
+        "run": folder,
+        "data": f"{recipe.data}: {len(run.train_split.images):,} training and {len(run.val_split.images):,} validation images, "
+                f"{len(run.train_split.classes):,} classes",
+        "demo": f"in place of the paper's values: {', '.join(demo)}" if recipe.data == "demo" else None,
+        "epoch": f"{sampler.distinct_images:,} distinct images, {recipe.repeats} view(s) of each; {sampler.steps:,} steps, "
+                 f"{recipe.epochs * sampler.steps:,} in {recipe.epochs} epochs",
+        "batch": f"{recipe.batch_size:,} = {place.world_size} process(es) x {recipe.accum_steps} part(s) x "
+                 f"{sampler.batch_size}",
+        "rate": f"{recipe.lr * recipe.batch_size / 512:.4g} at the peak (--lr {recipe.lr:.4g} x {recipe.batch_size} / 512), "
+                f"{recipe.warmup_epochs:g} epoch(s) of warm-up",
+        "model": f"{recipe.model}{', distilled' if recipe.distill else ''}, {recipe.image_size} pixels, "
+                 f"{parameters:,} parameters",
+        "teacher": teacher_score and f"{recipe.teacher}: {teacher_score.top1:.2f} % top-1 on {teacher_score.images} "
+                                     f"validation images; {recipe.distill} distillation, alpha {recipe.alpha:g}",
+        "device": f"{where}, {recipe.precision}{', compiled' if recipe.compile else ''}, {run.workers} worker(s) per process, "
+                  f"torch {torch.__version__}, torchvision {torchvision.__version__}",
+    }
+    return "\n".join(f"{name:<9}{line}" for name, line in lines.items() if line)
+
+
+def validate(student, loader, place):
+    """{head: Score} of the raw weights, and with ema_ before the head's name those of the averaged ones."""
+    if dist.is_initialized():
+        for buffer in student.model.buffers():                           # batch statistics are the first rank's
+            dist.broadcast(buffer, 0)
+    scores = evaluate(student.model, loader, place.device)
+    if student.average:
+        averaged = evaluate(student.average.module, loader, place.device)
+        scores |= {f"ema_{head}": score for head, score in averaged.items()}
+    return scores
+
+
+def describe_epoch(epoch, recipe, steps, terms, scores):
+    """One line of log.jsonl. Nothing in it depends on the machine's speed, so equal runs have equal logs."""
+    record = {"epoch": epoch, "step": (epoch + 1) * steps, "lr": learning_rate(recipe, epoch + (steps - 1) / steps)}
+    record |= {f"train_{name}": value for name, value in terms.items()}
+    for head, score in scores.items():
+        prefix = head.replace("mean", "") + "_" if head != "mean" else ""
+        record |= {f"{prefix}top1": score.top1, f"{prefix}top5": score.top5, f"{prefix}loss": score.loss}
+    return record
+
+
+class Run(NamedTuple):
+    """A run ready to go: what learns, from whom, on what."""
+    recipe: Recipe
+    student: Student
+    teacher: nn.Module
+    train_split: data.Split
+    val_split: data.Split
+    loader: torch.utils.data.DataLoader
+    val_loader: torch.utils.data.DataLoader
+    workers: int
+
+    @property
+    def steps(self):
+        return self.loader.sampler.sampler.steps
+
+
+def prepare(recipe, place):
+    """Builds the run. Raises ValueError or OSError, in seconds, for whatever would stop it later."""
+    recipe = replace(recipe, precision=choose_precision(recipe.precision, place))
+    workers = usable_cpus() // place.local_world_size if recipe.workers is None else recipe.workers
+    local_batch = split_batch(recipe, place)
+    with one_per_machine_first(place):                                   # it may download data, teacher or --init
+        train_split, val_split = data.open_dataset(recipe.data)
+        sampler = data.RepeatedAugSampler(
+            len(train_split.images), place.rank, place.world_size, batch_size=local_batch,
+            accum_steps=recipe.accum_steps, repeats=recipe.repeats, seed=recipe.seed)
+        teacher_model = None
+        if recipe.distill:
+            teacher_model = teacher.load_teacher(recipe.teacher, len(train_split.classes)).to(place.device)
+        model = build_model(recipe, len(train_split.classes))
+    student = build_student(model, recipe, place)
+    loader = data.train_loader(train_split.images, sampler, recipe.image_size, rand_augment=recipe.rand_augment,
+                               erasing=recipe.erasing, seed=recipe.seed, workers=workers)
+    val_loader = data.eval_loader(val_split.images, recipe.image_size, batch_size=BATCH_SIZE, workers=workers,
+                                  rank=place.rank, world_size=place.world_size)
+    return Run(recipe, student, teacher_model, train_split, val_split, loader, val_loader, workers)
+
+
+def train(recipe, place, folder, checkpoint=None):
+    """Trains into the folder, from a checkpoint of the same run on if there is one; returns the log's last record."""
+    with one_line_errors("train.py", OSError, ValueError):
+        run = prepare(recipe, place)
+        recipe, student, sampler = run.recipe, run.student, run.loader.sampler.sampler
+        state = {"step": 0, "log": [], "best": -1.0, "epoch_sums": None}
+        if checkpoint:
+            restore(student, checkpoint)
+            state = checkpoint["state"]
+    teacher_score = measure_teacher(run, place) if run.teacher else None
+    if place.rank == 0:
+        print(banner(run, place, folder, teacher_score), flush=True)
+    progress = Progress(place, recipe, folder, sampler.steps, state)
+
+    def save_run(step, epoch_sums):
+        state.update(step=step, epoch_sums=epoch_sums)
+        if place.rank == 0:
+            save_last(run, state, folder)
+            progress.saved = time.monotonic()
+        if progress.stopping:
+            leave(progress, folder)
+
+    for epoch in range(state["step"] // sampler.steps, recipe.epochs):
+        start = epoch * sampler.steps
+        sampler.set_epoch(epoch, first_step=max(0, state["step"] - start))
+        for step in train_epoch(student, run.teacher, run.loader, recipe, len(run.train_split.classes), place, epoch, progress):
+            save_run(start + step, progress.epoch_sums.tolist())
+        terms = dict(zip(progress.terms, (progress.epoch_sums / sampler.steps).tolist()))
+        record = describe_epoch(epoch, recipe, sampler.steps, terms, validate(student, run.val_loader, place))
+        progress.end_epoch(record)
+        state["log"].append(record)
+        if place.rank == 0:
+            if record["top1"] > state["best"]:
+                save(weights_of(run) | {"record": record}, folder / "best.pth")
+            save_log(state["log"], folder)
+        state["best"] = max(state["best"], record["top1"])
+        save_run(start + sampler.steps, None)
+    progress.close()
+    return state["log"][-1]
+
+
+def leave(progress, folder):
+    """Ends a run that got SIGTERM or SIGINT, after it was saved; every rank comes here in the same step."""
+    progress.close()
+    if progress.place.rank == 0:
+        print(f"stopped by a signal, saved in {folder / 'last.pth'}; to go on: add --resume --output {folder}", flush=True)
+    if dist.is_initialized():
+        dist.barrier()
+    sys.exit(128 + (progress.signal or signal.SIGTERM))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def find_folder(recipe, place):
+    """The run's folder, chosen by the first process: --output, or runs/<model>-<data> with a number if that is taken.
+    With --resume (and when torchrun restarts its workers) it is the one there, the newest of the name."""
+    name = f"{recipe.model}{'-distilled' if recipe.distill else ''}-{Path(recipe.data).name}"
+    first = Path(recipe.output or f"runs/{name}")
+    numbered = [first] if recipe.output else [first, *(first.with_name(f"{name}-{n}") for n in range(2, 10_000))]
+    folder = None
+    if place.rank == 0:
+        if resuming(recipe):
+            folder = next((path for path in reversed(numbered) if path.is_dir()), first)
+        else:
+            folder = next(path for path in numbered if recipe.output or not path.exists())
+            folder.mkdir(parents=True, exist_ok=True)
+    if place.world_size > 1:
+        chosen = [folder]
+        dist.broadcast_object_list(chosen, src=0, device=torch.device("cpu"))
+        folder = chosen[0]
+    return folder
+
+
+def resuming(recipe):
+    return recipe.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def read_last(folder):
+    """The folder's last.pth, or None if there is none. Raises ValueError for a file that is damaged or something else."""
+    path = folder / "last.pth"
+    if not path.exists():
+        return None
+    checkpoint = deit.read_checkpoint(path)
+    if not isinstance(checkpoint, dict) or not {"model", "optimizer", "scaler", "state", "recipe"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a training checkpoint of this program")
+    return checkpoint
+
+
+def saved_recipe(typed, checkpoint):
+    """The recipe of the run to go on with. Raises ValueError if a typed flag would change what it computes."""
+    free = ("resume", "output", "data", "teacher", "workers", "accum_steps", "compile")
+    saved = {item.name: checkpoint["recipe"].get(item.name, item.default) for item in fields(Recipe)}
+    for name, value in typed.items():
+        if name not in free and saved[name] != value:
+            raise ValueError(f"--{name.replace('_', '-')} {value}, but the run to resume has {saved[name]}: leave the flag "
+                             "out, or start a new run with another --output")
+    return Recipe(**saved | {name: typed[name] for name in free if name in typed})
+
+
+def make_demo_teacher(typed, place, folder):
+    """Trains the demo's teacher, or goes on with it, by the same loop; returns its file."""
+    own = {name: typed[name] for name in ("seed", "workers", "precision") if name in typed}
+    with one_line_errors("train.py", OSError, ValueError):
+        checkpoint = read_last(folder)
+    if place.rank == 0:
+        print("first a teacher for the demo's classes:", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    train(make_recipe(DEMO_TEACHER | own | {"data": "demo"}), place, folder, checkpoint)
+    return str(folder / "best.pth")
+
+
+def main():
+    typed = parse_recipe()
+    with one_line_errors("train.py", OSError, ValueError):
+        recipe = make_recipe(typed)
+        place = join_processes()
+        if "data" not in typed and recipe.data == "demo" and place.rank == 0:
+            print("NO --data AND NO ./imagenet HERE: training on the built-in demo, rendered digits of 64 x 64 pixels.\n"
+                  "For your own images: --data DIR, a folder with train/ and val/.", flush=True)
+        folder = find_folder(recipe, place)
+        checkpoint = read_last(folder)
+        if checkpoint and not resuming(recipe):
+            raise ValueError(f"{folder} holds a run already: --resume goes on with it, another --output starts a new one")
+        if recipe.resume and not checkpoint and not (folder / "teacher").is_dir():
+            raise ValueError(f"nothing to resume: no {folder / 'last.pth'}; leave --resume out, or name the run by --output")
+        recipe = saved_recipe(typed, checkpoint) if checkpoint else recipe
+    with one_line_errors("train.py", OSError, FloatingPointError, data.BadImage):
+        if recipe.distill and recipe.data == "demo" and recipe.teacher == "official":
+            recipe.teacher = make_demo_teacher(typed, place, folder / "teacher")
+            if place.rank == 0:
+                print("\nthen the student:", flush=True)
+        record = train(recipe, place, folder, checkpoint)
+    if place.rank == 0:
+        print(f"done: top-1 {record['top1']:.2f}, top-5 {record['top5']:.2f} after {recipe.epochs} epochs\n"
+              f"python evaluate.py --weights {folder / 'best.pth'} --data {recipe.data}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
