@@ -57,6 +57,11 @@ def create_regnet(name, num_classes=1000):
     return models.get_model(name, weights=None, num_classes=num_classes).to(memory_format=torch.channels_last)
 
 
+def name_of(model):
+    """The name of a torchvision RegNet."""
+    return next(name for name, width in REGNETS.items() if width == model.fc.in_features)
+
+
 def weights_url(source):
     """The address behind "official" or a torchvision name; None if `source` is neither."""
     if source == "official":
@@ -157,8 +162,7 @@ def main():
         state = model.state_dict()
         names = "torchvision" if find_weights(checkpoint).keys() <= checkpoint.get("model", checkpoint).keys() else "timm"
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        name = next(name for name, width in REGNETS.items() if width == model.fc.in_features)
-        print(f"{args.source}: {name}, {model.fc.out_features} classes, {parameters:,} parameters, "
+        print(f"{args.source}: {name_of(model)}, {model.fc.out_features} classes, {parameters:,} parameters, "
               f"{names}'s names")
         if args.output:
             torch.save(state, args.output)

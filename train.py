@@ -242,8 +242,7 @@ class Progress:
         if place.rank == 0:
             self.bar = tqdm(initial=state["step"], total=recipe.epochs * steps, unit="step", smoothing=0.05)
             self.writer = SummaryWriter(folder, purge_step=state["step"] + 1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def on_signal(self, number, frame):
         self.signal = number
@@ -308,6 +307,8 @@ class Progress:
         self.since = time.monotonic()
 
     def close(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.place.rank == 0:
             self.bar.close()
             self.writer.close()
@@ -369,8 +370,12 @@ def build_model(recipe, num_classes):
     """The model with fresh weights, or those of --init. Raises ValueError where these are of another kind."""
     torch.manual_seed(recipe.seed)
     if recipe.model in teacher.REGNETS:
-        return (teacher.load_regnet(recipe.init, num_classes=num_classes) if recipe.init else
-                teacher.create_regnet(recipe.model, num_classes))
+        if not recipe.init:
+            return teacher.create_regnet(recipe.model, num_classes)
+        model = teacher.load_regnet(recipe.init, num_classes=num_classes)
+        if model.fc.in_features != teacher.REGNETS[recipe.model]:
+            raise ValueError(f"--init {recipe.init} is a {teacher.name_of(model)}: --model {teacher.name_of(model)}")
+        return model
     if not recipe.init:
         return deit.create_model(recipe.model, distilled=bool(recipe.distill), image_size=recipe.image_size,
                                  num_classes=num_classes, drop_path=recipe.drop_path)
@@ -487,10 +492,6 @@ class Run(NamedTuple):
     val_loader: torch.utils.data.DataLoader
     workers: int
 
-    @property
-    def steps(self):
-        return self.loader.sampler.sampler.steps
-
 
 def prepare(recipe, place):
     """Builds the run. Raises ValueError or OSError, in seconds, for whatever would stop it later."""
@@ -525,6 +526,7 @@ def train(recipe, place, folder, checkpoint=None):
             state = checkpoint["state"]
     teacher_score = measure_teacher(run, place) if run.teacher else None
     if place.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         print(banner(run, place, folder, teacher_score), flush=True)
     progress = Progress(place, recipe, folder, sampler.steps, state)
 
@@ -576,17 +578,25 @@ def find_folder(recipe, place):
     first = Path(recipe.output or f"runs/{name}")
     numbered = [first] if recipe.output else [first, *(first.with_name(f"{name}-{n}") for n in range(2, 10_000))]
     folder = None
-    if place.rank == 0:
-        if resuming(recipe):
-            folder = next((path for path in reversed(numbered) if path.is_dir()), first)
-        else:
-            folder = next(path for path in numbered if recipe.output or not path.exists())
-            folder.mkdir(parents=True, exist_ok=True)
+    if place.rank == 0 and resuming(recipe):
+        folder = next((path for path in reversed(numbered) if path.is_dir()), first)
+    elif place.rank == 0:
+        folder = next(path for path in numbered if recipe.output or claim(path))
     if place.world_size > 1:
         chosen = [folder]
         dist.broadcast_object_list(chosen, src=0, device=torch.device("cpu"))
         folder = chosen[0]
     return folder
+
+
+def claim(path):
+    """Makes the folder; False if it was there: of two runs that start at once, each gets its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def resuming(recipe):
@@ -622,7 +632,6 @@ def make_demo_teacher(typed, place, folder):
         checkpoint = read_last(folder)
     if place.rank == 0:
         print("first a teacher for the demo's classes:", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
     train(make_recipe(DEMO_TEACHER | own | {"data": "demo"}), place, folder, checkpoint)
     return str(folder / "best.pth")
 
@@ -642,12 +651,17 @@ def main():
         if recipe.resume and not checkpoint and not (folder / "teacher").is_dir():
             raise ValueError(f"nothing to resume: no {folder / 'last.pth'}; leave --resume out, or name the run by --output")
         recipe = saved_recipe(typed, checkpoint) if checkpoint else recipe
-    with one_line_errors("train.py", OSError, FloatingPointError, data.BadImage):
-        if recipe.distill and recipe.data == "demo" and recipe.teacher == "official":
-            recipe.teacher = make_demo_teacher(typed, place, folder / "teacher")
-            if place.rank == 0:
-                print("\nthen the student:", flush=True)
-        record = train(recipe, place, folder, checkpoint)
+    try:
+        with one_line_errors("train.py", OSError, FloatingPointError, data.BadImage):
+            if recipe.distill and recipe.data == "demo" and recipe.teacher == "official":
+                recipe.teacher = make_demo_teacher(typed, place, folder / "teacher")
+                if place.rank == 0:
+                    print("\nthen the student:", flush=True)
+            record = train(recipe, place, folder, checkpoint)
+    except SystemExit:
+        with contextlib.suppress(OSError):
+            folder.rmdir()                                               # a run that could not start leaves nothing
+        raise
     if place.rank == 0:
         print(f"done: top-1 {record['top1']:.2f}, top-5 {record['top5']:.2f} after {recipe.epochs} epochs\n"
               f"python evaluate.py --weights {folder / 'best.pth'} --data {recipe.data}")

@@ -1,0 +1,312 @@
+"""The recipe, the loop and the run, through the functions and through the command line."""
+import json
+import os
+import re
+import signal
+from dataclasses import asdict, fields
+
+import pytest
+import torch
+from torch import nn
+
+import data
+import deit
+import evaluate
+import train
+from conftest import ROOT, run_script
+
+CPU = evaluate.Place(torch.device("cpu"), 0, 1, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe
+
+
+def test_defaults_are_the_papers_table_9():
+    recipe = train.make_recipe({"data": "imagenet"})
+    expected = dict(epochs=300, batch_size=1024, lr=0.0005, weight_decay=0.05, warmup_epochs=5, label_smoothing=0.1,
+                    drop_path=0.1, repeats=3, rand_augment=9, mixup=0.8, cutmix=1.0, erasing=0.25, image_size=224,
+                    min_lr=1e-5, warmup_lr=1e-6, alpha=0.5, ema=0, mix_group=256)
+    assert {name: getattr(recipe, name) for name in expected} == expected
+    assert train.make_recipe({"data": "imagenet", "model": "base"}).mix_group == 64
+    assert train.make_recipe({"data": "imagenet", "distill": "soft"}).alpha == 0.1
+
+
+@pytest.mark.parametrize("epoch, rate", [
+    (0, 1e-6), (1, 2.008e-4), (2.5, 5.005e-4), (4, 8.002e-4), (5, 9.993216e-4), (6, 9.990232e-4), (49, 9.362508e-4),
+    (99, 7.569755e-4), (149, 5.101835e-4), (150, 5.05e-4), (199, 2.620026e-4), (298, 1.010856e-5), (300, 1e-5)])
+def test_the_learning_rate_is_timms_without_the_delay_of_an_epoch(epoch, rate):
+    assert train.learning_rate(train.make_recipe({"data": "imagenet"}), epoch) == pytest.approx(rate, rel=2e-6)
+
+
+def test_the_learning_rate_scales_with_the_global_batch_and_its_ends_do_not():
+    recipe = train.make_recipe({"data": "imagenet", "batch_size": 256})
+    assert [train.learning_rate(recipe, epoch) for epoch in (0, 300)] == pytest.approx([1e-6, 1e-5])
+    assert train.learning_rate(recipe, 2.5) == pytest.approx((1e-6 + 2.5e-4) / 2)
+
+
+@pytest.mark.parametrize("size, distilled, spared, decayed", [
+    ("tiny", False, (102, 69_544), (50, 5_647_872)), ("tiny", True, (103, 70_736), (52, 5_840_064)),
+    ("base", True, (103, 276_944), (52, 87_061_248))])
+def test_decay_groups_are_the_official_ones(size, distilled, spared, decayed):
+    with torch.device("meta"):
+        model = deit.create_model(size, distilled=distilled)
+    groups = {group["weight_decay"]: group["params"] for group in train.parameter_groups(model, 0.05)}
+    assert {decay: (len(params), sum(p.numel() for p in params)) for decay, params in groups.items()} == {
+        0.0: spared, 0.05: decayed}
+    assert not distilled or any(parameter is model.dist_token for parameter in groups[0.05])
+
+
+def test_every_field_of_the_recipe_is_a_flag_with_help(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit):
+        train.parse_recipe()
+    text = capsys.readouterr().out
+    assert all(f"--{item.name.replace('_', '-')}" in text and item.metadata["help"] for item in fields(train.Recipe))
+
+
+def test_distill_alone_is_hard_and_typed_flags_win_over_the_demos(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", "--model", "tiny", "--distill", "--epochs", "2"])
+    recipe = train.make_recipe(train.parse_recipe())
+    assert (recipe.distill, recipe.data, recipe.epochs, recipe.image_size) == ("hard", "demo", 2, 64)
+    (tmp_path / "imagenet").mkdir()
+    assert train.make_recipe(train.parse_recipe()).data == "imagenet"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+class Spy(nn.Module):
+    """A teacher that remembers what it was shown."""
+
+    def forward(self, images):
+        self.images, self.grad_enabled = images.clone(), torch.is_grad_enabled()
+        return images.flatten(1)[:, :3]
+
+
+def one_epoch(folder, tmp_path, teacher_model=None, **changes):
+    recipe = train.make_recipe({"data": str(folder), "image_size": 32, "batch_size": 16, "workers": 0} | changes)
+    torch.manual_seed(0)
+    run = train.prepare(train.replace(recipe, distill=None), CPU)
+    if recipe.distill:
+        model = deit.create_model("tiny", distilled=True, image_size=32, num_classes=3)
+        run = run._replace(student=train.build_student(model, recipe, CPU))
+    progress = train.Progress(CPU, recipe, tmp_path, run.loader.sampler.sampler.steps, {"step": 0, "epoch_sums": None})
+    list(train.train_epoch(run.student, teacher_model, run.loader, recipe, 3, CPU, 0, progress))
+    progress.close()
+    return run.student
+
+
+def test_the_teacher_sees_the_images_the_student_sees_without_gradients(shared_folder, tmp_path, monkeypatch):
+    seen, spy = [], Spy()
+    forward = deit.DeiT.forward
+    monkeypatch.setattr(deit.DeiT, "forward", lambda self, images: seen.append(images.clone()) or forward(self, images))
+    one_epoch(shared_folder, tmp_path, spy, distill="hard")
+    assert torch.equal(seen[-1], spy.images) and not spy.grad_enabled
+
+
+def test_both_heads_learn_when_distilling(shared_folder, tmp_path):
+    torch.manual_seed(0)
+    before = deit.create_model("tiny", distilled=True, image_size=32, num_classes=3).state_dict()
+    after = one_epoch(shared_folder, tmp_path, Spy(), distill="hard").model.state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in ("head.weight", "head_dist.weight", "dist_token"))
+
+
+def test_averaged_weights_start_from_the_initial_ones_and_follow_by_the_decay():
+    recipe = train.make_recipe({"data": "demo", "ema": 0.9})
+    student = train.build_student(deit.create_model("tiny", image_size=32, num_classes=3), recipe, CPU)
+    first = student.model.head.weight.detach().clone()
+    expected = first.clone()
+    for step in range(3):
+        with torch.no_grad():
+            student.model.head.weight.add_(1.0)
+        student.average.update_parameters(student.model)
+        expected = 0.9 * expected + 0.1 * (first + step + 1)
+    assert torch.allclose(student.average.module.head.weight, expected, atol=1e-6)
+
+
+def first_step(folder, path, processes, accum_steps):
+    run_script("tests/gradient_of_one_step.py", path, folder, accum_steps, processes=processes)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def reference_step(shared_folder, tmp_path_factory):
+    return first_step(shared_folder, tmp_path_factory.mktemp("one") / "step.pth", None, 1)
+
+
+@pytest.mark.parametrize("processes, accum_steps", [(2, 1), (None, 3), (2, 2)])
+def test_the_gradient_does_not_depend_on_processes_or_parts(processes, accum_steps, reference_step, shared_folder, tmp_path):
+    step = first_step(shared_folder, tmp_path / "step.pth", processes, accum_steps)
+    assert torch.allclose(step["losses"], reference_step["losses"], rtol=1e-5)
+    for name, gradient in reference_step["gradient"].items():
+        assert (gradient - step["gradient"][name]).norm() <= 2e-5 * gradient.norm() + 1e-7, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def train_in_process(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, args)])
+    train.main()
+
+
+def small_run(folder, output, *more):
+    return ("--data", folder, "--image-size", 32, "--batch-size", 16, "--epochs", 3, "--warmup-epochs", 1, "--workers", 1,
+            "--output", output, *more)
+
+
+def assert_same_content(a, b, path=""):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same_content(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for n, pair in enumerate(zip(a, b)):
+            assert_same_content(*pair, f"{path}[{n}]")
+    else:
+        assert a == b, path
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 8])
+def test_a_stopped_run_resumes_to_the_same_bits(stop_at, shared_folder, tmp_path, monkeypatch, capsys):
+    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "whole", "--ema", 0.9))
+    report, steps = train.Progress.report, []
+
+    def stop(self, *args):
+        steps.append(args)
+        if len(steps) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Progress, "report", stop)
+        with pytest.raises(SystemExit) as leaving:
+            train_in_process(patch, *small_run(shared_folder, tmp_path / "cut", "--ema", 0.9))
+    assert leaving.value.code == 128 + signal.SIGTERM
+    assert f"--resume --output {tmp_path / 'cut'}" in capsys.readouterr().out
+    train_in_process(monkeypatch, "--resume", "--output", tmp_path / "cut")
+    for name in ("last.pth", "best.pth"):
+        whole, cut = (torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "cut"))
+        assert whole["recipe"].pop("output") != cut["recipe"].pop("output")
+        assert whole["recipe"].pop("resume") is False and cut["recipe"].pop("resume") in (False, True)
+        assert_same_content(whole, cut)
+    assert (tmp_path / "whole" / "log.jsonl").read_bytes() == (tmp_path / "cut" / "log.jsonl").read_bytes()
+
+
+def test_a_run_is_never_overwritten(shared_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [flag for flag in small_run(shared_folder, "runs/a", "--epochs", 1)]
+    train_in_process(monkeypatch, *flags)
+    before = (tmp_path / "runs/a/last.pth").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        train_in_process(monkeypatch, *flags)
+    assert stop.value.code == 1 and "holds a run already: --resume" in capsys.readouterr().err
+    assert (tmp_path / "runs/a/last.pth").read_bytes() == before
+    for _ in range(2):                                                   # without --output each run gets its own
+        train_in_process(monkeypatch, *(flag for flag in flags if flag not in ("--output", "runs/a")))
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"a", "tiny-images", "tiny-images-2"}
+
+
+def test_the_whole_way_by_the_command_line_on_two_processes(shared_folder, tmp_path):
+    small = ("--data", shared_folder, "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--warmup-epochs", 1)
+    run_script("train.py", "--model", "regnet_x_400mf", *small, "--output", tmp_path / "teacher", processes=2)
+    done = run_script("train.py", "--model", "tiny", "--distill", "--teacher", tmp_path / "teacher" / "best.pth", *small,
+                      "--output", tmp_path / "student", processes=2)
+    for line in ("3 classes", "16 = 2 process(es) x 1 part(s) x 8", "16 distinct images, 3 view(s) of each; 3 steps",
+                 "1.563e-05 at the peak (--lr 0.0005 x 16 / 512)", "% top-1 on 15 validation images"):
+        assert line in done.stdout, done.stdout
+    log = [json.loads(line) for line in (tmp_path / "student" / "log.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in log] == [0, 1]
+    assert {"top1", "top5", "loss", "class_top1", "distillation_top1", "train_class_loss"} <= log[0].keys()
+    assert any(path.name.startswith("events.out.tfevents") for path in (tmp_path / "student").iterdir())
+    for run in ("teacher", "student"):
+        best = torch.load(tmp_path / run / "best.pth", weights_only=True)["record"]
+        for processes in (None, 2, 3):
+            lines = run_script("evaluate.py", "--weights", tmp_path / run / "best.pth", "--data", shared_folder,
+                               processes=processes).stdout.splitlines()
+            assert lines[-1] == f"* Acc@1 {best['top1']:.3f} Acc@5 {best['top5']:.3f} loss {best['loss']:.3f}"
+
+
+def test_without_data_it_says_first_that_this_is_the_demo(tmp_path):
+    done = run_script("train.py", "--model", "tiny", "--epochs", 1, "--batch-size", 600, cwd=tmp_path)
+    assert done.stdout.startswith("NO --data AND NO ./imagenet HERE: training on the built-in demo")
+    assert re.search(r"demo +in place of the paper's values: image_size 64, epochs 1", done.stdout)
+    assert "evaluate.py --weights runs/tiny-demo/best.pth --data demo" in done.stdout
+
+
+def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(shared_folder, tmp_path, monkeypatch, capsys):
+    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "a", "--epochs", 1))
+    checkpoint = torch.load(tmp_path / "a" / "best.pth", weights_only=True)
+    assert checkpoint["classes"] == ["cat", "dog", "owl"]
+    assert checkpoint["recipe"].keys() == asdict(train.Recipe()).keys()
+    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "b", "--epochs", 1, "--init",
+                                             tmp_path / "a" / "best.pth", "--image-size", 48))
+    assert deit.load_model(tmp_path / "b" / "best.pth").image_size == 48
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--data", "absent"], "no dataset 'absent'"),
+    (["--model", "huge"], "unknown model 'huge': --model tiny, small, base"),
+    (["--modell", "tiny"], "unrecognized arguments: --modell"),
+    (["--data", "{data}", "--batch-size", "15", "--accum-steps", "2"], "try 16"),
+    (["--data", "{data}", "--batch-size", "64"], "48 training images are fewer than one batch of 64: --batch-size 32"),
+    (["--data", "{data}", "--image-size", "100"], "try 96"),
+    (["--data", "{data}", "--distill"], "knows ImageNet's 1000 classes and the data has 3; train one"),
+    (["--data", "{data}", "--distill", "--teacher", "{wrong}"], "knows 7 classes and the data has 3; train one"),
+    (["--data", "{data}", "--distill", "--teacher", "{text}"], "not a file of tensors"),
+    (["--data", "{data}", "--distill", "--teacher", "absent.pth"], "no teacher 'absent.pth'"),
+    (["--data", "{data}", "--teacher", "{wrong}"], "without --distill: add --distill"),
+    (["--data", "{data}", "--model", "regnet_y_400mf", "--distill"], "--distill trains a DeiT"),
+    (["--data", "{data}", "--init", "{text}"], "is not a checkpoint"),
+    (["--data", "{data}", "--init", "{distilled}"], "with distillation token: --model tiny --distill"),
+    (["--data", "{data}", "--model", "regnet_y_400mf", "--init", "{other}"], "is a regnet_x_400mf"),
+    (["--data", "{data}", "--precision", "fp16"], "fp16 needs a GPU"),
+    (["--data", "{data}", "--epochs", "0"], "--epochs 0: it must be 1 or more"),
+    (["--data", "{data}", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+    (["--data", "{data}", "--resume"], "nothing to resume"),
+    (["--data", "{data}", "--output", "{text}"], "notes.pth")])
+def test_a_mistake_is_one_line_and_a_status_before_any_work(args, message, shared_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train_epoch", None)                      # it must not come so far
+    (tmp_path / "notes.pth").write_text("hello\nworld\n")
+    names = {"data": shared_folder, "text": tmp_path / "notes.pth"}
+    for name, regnet, classes in (("wrong", "regnet_y_400mf", 7), ("other", "regnet_x_400mf", 3)):
+        names[name] = tmp_path / f"{name}.pth"
+        torch.save({"model": train.teacher.create_regnet(regnet, classes).state_dict()}, names[name])
+    names["distilled"] = tmp_path / "distilled.pth"
+    torch.save(deit.create_model("tiny", distilled=True, image_size=32, num_classes=3).state_dict(), names["distilled"])
+    with pytest.raises(SystemExit) as stop:
+        train_in_process(monkeypatch, "--image-size", 32, "--batch-size", 16, *(arg.format(**names) for arg in args))
+    printed = capsys.readouterr().err
+    assert stop.value.code not in (0, None) and message in printed
+    assert printed.count("\n") == 1 and "Traceback" not in printed
+    assert not list(tmp_path.glob("runs/*"))                             # no folder of a run that never was
+
+
+def test_an_image_that_cannot_be_read_stops_the_run_with_its_path(folder, tmp_path, monkeypatch, capsys):
+    path = folder / "train" / "dog" / "3.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(SystemExit):
+        train_in_process(monkeypatch, *small_run(folder, tmp_path / "run", "--repeats", 1))
+    assert f"train.py: cannot read image {path}" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(shared_folder, tmp_path, monkeypatch, capsys):
+    forward = deit.DeiT.forward
+    monkeypatch.setattr(deit.DeiT, "forward", lambda self, images: forward(self, images) * float("nan"))
+    with pytest.raises(SystemExit):
+        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run"))
+    assert "the loss became nan in epoch 0" in capsys.readouterr().err
+
+
+def test_importing_a_script_does_nothing():
+    for script in ("deit", "distill", "data", "teacher", "evaluate", "train"):
+        source = (ROOT / f"{script}.py").read_text()
+        assert source.rstrip().endswith('if __name__ == "__main__":\n    main()')
