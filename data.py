@@ -33,8 +33,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def seed_from(*numbers):
-    """One 64-bit seed from several integers: the same for the same numbers, unrelated for any others."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    """One 64-bit seed from several integers, none negative: the same for the same numbers, unrelated for any others."""
+    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -131,6 +131,8 @@ def make_recipe(typed):
     for name in ("image_size", "epochs", "batch_size", "accum_steps", "repeats"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: it must be 1 or more")
+    if recipe.seed < 0:
+        raise ValueError(f"--seed {recipe.seed}: it must be 0 or more")
     if is_deit and recipe.image_size % deit.PATCH_SIZE:
         deit.create_model(recipe.model, image_size=recipe.image_size)    # raises, with the size to use instead
     recipe.alpha = recipe.alpha if recipe.alpha is not None else 0.1 if recipe.distill == "soft" else 0.5
@@ -170,9 +172,9 @@ class Student(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-def train_epoch(student, teacher_model, loader, recipe, num_classes, place, epoch, progress):
+def train_epoch(run, place, epoch, progress):
     """One epoch, or what the sampler left of it. Yields the number of steps done whenever it is time to save."""
-    sampler, batches = loader.sampler.sampler, iter(loader)
+    recipe, student, sampler, batches = run.recipe, run.student, run.sampler, iter(run.loader)
     student.joined.train()
     for step in range(sampler.first_step, sampler.steps):
         lr = learning_rate(recipe, epoch + step / sampler.steps)
@@ -183,10 +185,10 @@ def train_epoch(student, teacher_model, loader, recipe, num_classes, place, epoc
             pixels, labels, indices, boxes = progress.wait_for(batches)
             images = data.erase(data.normalize(pixels.to(place.device, non_blocking=True)), boxes)
             labels = labels.to(place.device, non_blocking=True)
-            images, targets = data.mix(images, labels, indices, num_classes, mixup=recipe.mixup, cutmix=recipe.cutmix,
-                                       group=recipe.mix_group)
+            images, targets = data.mix(images, labels, indices, len(run.train_split.classes), mixup=recipe.mixup,
+                                       cutmix=recipe.cutmix, group=recipe.mix_group)
             with autocast(recipe.precision, place), gradients_joined(student, part == recipe.accum_steps - 1):
-                teacher_logits = ask(teacher_model, images)
+                teacher_logits = ask(run.teacher, images)
                 terms = objective(student.joined(images), targets, teacher_logits, recipe)
                 student.scaler.scale(terms[0] / recipe.accum_steps).backward()
             progress.add(terms)
@@ -432,7 +434,7 @@ def measure_teacher(run, place):
 
 def banner(run, place, folder, teacher_score):
     """What is about to happen, in a few lines to check before leaving it alone."""
-    recipe, sampler = run.recipe, run.loader.sampler.sampler
+    recipe, sampler = run.recipe, run.sampler
     demo = [f"{name} {getattr(recipe, name):.4g}" if isinstance(value, float) else f"{name} {getattr(recipe, name)}"
             for name, value in asdict(Recipe()).items()
             if name in DEMO | DEMO_TEACHER and name not in ("data", "model") and getattr(recipe, name) != value]
@@ -488,6 +490,7 @@ class Run(NamedTuple):
     teacher: nn.Module
     train_split: data.Split
     val_split: data.Split
+    sampler: data.RepeatedAugSampler
     loader: torch.utils.data.DataLoader
     val_loader: torch.utils.data.DataLoader
     workers: int
@@ -512,14 +515,14 @@ def prepare(recipe, place):
                                erasing=recipe.erasing, seed=recipe.seed, workers=workers)
     val_loader = data.eval_loader(val_split.images, recipe.image_size, batch_size=BATCH_SIZE, workers=workers,
                                   rank=place.rank, world_size=place.world_size)
-    return Run(recipe, student, teacher_model, train_split, val_split, loader, val_loader, workers)
+    return Run(recipe, student, teacher_model, train_split, val_split, sampler, loader, val_loader, workers)
 
 
 def train(recipe, place, folder, checkpoint=None):
     """Trains into the folder, from a checkpoint of the same run on if there is one; returns the log's last record."""
     with one_line_errors("train.py", OSError, ValueError):
         run = prepare(recipe, place)
-        recipe, student, sampler = run.recipe, run.student, run.loader.sampler.sampler
+        recipe, student, sampler = run.recipe, run.student, run.sampler
         state = {"step": 0, "log": [], "best": -1.0, "epoch_sums": None}
         if checkpoint:
             restore(student, checkpoint)
@@ -541,7 +544,7 @@ def train(recipe, place, folder, checkpoint=None):
     for epoch in range(state["step"] // sampler.steps, recipe.epochs):
         start = epoch * sampler.steps
         sampler.set_epoch(epoch, first_step=max(0, state["step"] - start))
-        for step in train_epoch(student, run.teacher, run.loader, recipe, len(run.train_split.classes), place, epoch, progress):
+        for step in train_epoch(run, place, epoch, progress):
             save_run(start + step, progress.epoch_sums.tolist())
         terms = dict(zip(progress.terms, (progress.epoch_sums / sampler.steps).tolist()))
         record = describe_epoch(epoch, recipe, sampler.steps, terms, validate(student, run.val_loader, place))

@@ -31,9 +31,8 @@ recipe = train.make_recipe({"data": folder, "image_size": 32, "batch_size": 24, 
                             "drop_path": 0.0, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0})
 run = train.prepare(recipe, place)
 recorder = Recorder(run.student.model)
-student = run.student._replace(optimizer=recorder)
-progress = train.Progress(place, recipe, output.parent, run.loader.sampler.sampler.steps, {"step": 0, "epoch_sums": None})
-run.loader.sampler.sampler.set_epoch(0)
-list(train.train_epoch(student, None, run.loader, run.recipe, 3, place, 0, progress))
+run = run._replace(student=run.student._replace(optimizer=recorder))
+progress = train.Progress(place, recipe, output.parent, run.sampler.steps, {"step": 0, "epoch_sums": None})
+list(train.train_epoch(run, place, 0, progress))
 if place.rank == 0:
     torch.save({"gradient": recorder.gradients[0], "losses": progress.epoch_sums}, output)

@@ -92,9 +92,9 @@ def one_epoch(folder, tmp_path, teacher_model=None, **changes):
     run = train.prepare(train.replace(recipe, distill=None), CPU)
     if recipe.distill:
         model = deit.create_model("tiny", distilled=True, image_size=32, num_classes=3)
-        run = run._replace(student=train.build_student(model, recipe, CPU))
-    progress = train.Progress(CPU, recipe, tmp_path, run.loader.sampler.sampler.steps, {"step": 0, "epoch_sums": None})
-    list(train.train_epoch(run.student, teacher_model, run.loader, recipe, 3, CPU, 0, progress))
+        run = run._replace(student=train.build_student(model, recipe, CPU), teacher=teacher_model, recipe=recipe)
+    progress = train.Progress(CPU, recipe, tmp_path, run.sampler.steps, {"step": 0, "epoch_sums": None})
+    list(train.train_epoch(run, CPU, 0, progress))
     progress.close()
     return run.student
 
