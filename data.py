@@ -1,6 +1,6 @@
 """What the model sees: datasets, augmentation, repeated augmentation, mixup and cutmix.
 
-Section 5 and table 9 of "Training data-efficient image transformers & distillation through attention"
+Section 6 and table 9 of "Training data-efficient image transformers & distillation through attention"
 (https://arxiv.org/abs/2012.12877). In the paper's ablation (table 8) DeiT-B loses 2.2 points without RandAugment, 6.0
 without mixup and CutMix, 5.3 without repeated augmentation, and diverges without erasing.
 
@@ -322,6 +322,17 @@ def is_image(path):
     return not name.startswith(".") and name.lower().endswith(datasets.folder.IMG_EXTENSIONS)
 
 
+def class_folders(directory):
+    """The names of the class folders, sorted. Raises ValueError if there is none."""
+    entries = [entry for entry in os.scandir(directory) if not entry.name.startswith(".")]
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
+    if not classes:
+        loose = sum(is_image(entry.name) for entry in entries)
+        raise ValueError(f"{directory} has {loose} images but no class folders: move each image into a folder "
+                         f"named for its class, {directory}/<class>/<image>")
+    return classes
+
+
 class Folder(datasets.ImageFolder):
     """torchvision's ImageFolder without hidden files and folders, and with errors that say what to do."""
 
@@ -333,12 +344,7 @@ class Folder(datasets.ImageFolder):
             raise ValueError(f"{len(empty)} class folder(s) under {root} without images: {names}; fill or remove them")
 
     def find_classes(self, directory):
-        entries = [entry for entry in os.scandir(directory) if not entry.name.startswith(".")]
-        classes = sorted(entry.name for entry in entries if entry.is_dir())
-        if not classes:
-            loose = sum(is_image(entry.name) for entry in entries)
-            raise ValueError(f"{directory} has {loose} images but no class folders: move each image into a folder "
-                             f"named for its class, {directory}/<class>/<image>")
+        classes = class_folders(directory)
         return classes, {name: label for label, name in enumerate(classes)}
 
 
@@ -453,7 +459,7 @@ def draw_grid(columns, titles, names):
     """Columns of normalised images (rows, 3, S, S) as one picture with titles above and class names at the left."""
     mean, std = mean_and_std(torch.device("cpu"))
     side, gap, margin = columns[0].shape[-1], 6, 120
-    cell = max(side, 96)                                                 # room for the titles over small images
+    cell = max(side, 150)                                                # room for the titles over small images
     sheet = Image.new("RGB", (margin + len(columns) * (cell + gap), 24 + len(names) * (cell + gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for row, name in enumerate(names):

@@ -3,6 +3,8 @@
     python evaluate.py --weights deit.pth --data imagenet/val
     python evaluate.py --weights tiny-distilled --data imagenet           74.476 / 91.920, as published
     torchrun --nproc_per_node 4 evaluate.py --weights deit.pth --data imagenet/val
+    python evaluate.py --weights tiny --image a.jpg b.png                 the five likeliest classes of each picture
+    python evaluate.py --weights tiny --image a.jpg --attention map.png   and where the model looks
 
 Architecture, heads, image size and classes are read from the file; a RegNet teacher is evaluated the same way. The
 protocol is the one behind the published numbers: the short side to int(S / 0.875) pixels, bicubic, the centre S x S,
@@ -10,8 +12,11 @@ and for distilled models the mean of the two heads' logits. Numbers are in float
 do not depend on the number of processes.
 """
 import argparse
+import collections
 import contextlib
+import math
 import os
+import re
 import sys
 from datetime import timedelta
 from typing import NamedTuple
@@ -19,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 import data
@@ -26,6 +32,7 @@ import deit
 import teacher
 
 BATCH_SIZE = 64
+NOISE = 0.15                                                             # points between decoders and precisions, at most
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,10 +142,11 @@ def predict(model, images):
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, *, progress=False):
+def evaluate(model, loader, device, *, columns=None, progress=False):
     """{head: Score} over all images of all ranks' loaders (see data.eval_loader); `mean` is the model's own output.
 
-    Every batch is filled up to the loader's batch size before the model sees it, since the arithmetic of a matrix
+    `columns` says which logit stands for which label, where the data's classes are a part of the model's or in another
+    order; the others are left out. Every batch is filled up to the loader's batch size before the model sees it, since the arithmetic of a matrix
     product may depend on its shape: an image gets the same logits in whichever batch it comes.
     """
     was_training = model.training
@@ -149,6 +157,7 @@ def evaluate(model, loader, device, *, progress=False):
         images = data.normalize(torch.cat((pixels, filler)).to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
         for head, logits in predict(model, images).items():
+            logits = logits if columns is None else logits[:, columns]
             sums[head] = sums.get(head, 0) + count(logits[: len(labels)], labels)
     model.train(was_training)
     heads = ("class", "distillation", "mean") if getattr(model, "distilled", False) else ("mean",)
@@ -159,71 +168,215 @@ def evaluate(model, loader, device, *, progress=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# Weights and classes
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode, the size of its images in pixels, its number of classes, and their names if known."""
+    model: torch.nn.Module
+    image_size: int
+    num_classes: int
+    classes: list
 
 
 def load_any(source, *, image_size=None, ema=False):
-    """(model, class names or None, image size) of a DeiT or a RegNet: a path, an https URL or a published name."""
-    if source == "official" or source in teacher.REGNETS:
-        checkpoint = teacher.read_weights(source)
-    else:
-        checkpoint = deit.read_checkpoint(source)
+    """A DeiT or a RegNet from a path, an https URL or a published name."""
+    by_teacher = source == "official" or source in teacher.REGNETS
+    checkpoint = teacher.read_weights(source) if by_teacher else deit.read_checkpoint(source)
     classes = checkpoint.get("classes") if isinstance(checkpoint, dict) else None
     if teacher.find_weights(checkpoint):
-        trained_at = checkpoint.get("recipe", {}).get("image_size", 224)
-        return teacher.load_regnet(checkpoint), classes, image_size or trained_at
+        model = teacher.load_regnet(checkpoint)
+        return Loaded(model, image_size or checkpoint.get("recipe", {}).get("image_size", 224), model.fc.out_features, classes)
     model = deit.load_model(checkpoint, image_size=image_size, ema=ema)
-    return model, classes, model.image_size
+    return Loaded(model, model.image_size, model.num_classes, classes)
 
 
-def check_classes(split, num_classes, names, weights):
-    """Raises ValueError unless the model's classes are the folder's."""
-    if len(split.classes) != num_classes:
-        raise ValueError(f"{weights} knows {num_classes} classes and the data has {len(split.classes)} "
-                         f"({', '.join(split.classes[:3])}, ...): give the data it was trained for")
-    if names and names != split.classes:
-        first = next((a, b) for a, b in zip(names, split.classes) if a != b)
-        raise ValueError(f"{weights} was trained on other classes: where it has {first[0]!r}, the data has {first[1]!r}")
+def are_wordnet_ids(names):
+    return all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
-def main():
-    parser = OneLineParser(description="Top-1, top-5 and loss of a checkpoint.", allow_abbrev=False)
+def match_classes(folder, loaded, reference):
+    """For each class folder the model's logit, or None where they are the same in the same order.
+
+    Names stored in the checkpoint decide. Without them ImageNet's thousand are known by number (folders 0 to 999, as
+    ImageNet-V2 has them) or, for WordNet ids, from `reference`: the class folders of a complete ImageNet. Raises
+    ValueError where the folders cannot be matched, with what to give.
+    """
+    known = loaded.classes
+    if not known and are_wordnet_ids(folder) and reference:
+        known = data.class_folders(reference)
+        if len(known) != loaded.num_classes:
+            raise ValueError(f"--reference {reference} has {len(known)} class folders and the model {loaded.num_classes} "
+                             "classes: give a complete train/ or val/")
+    if not known and loaded.num_classes == 1000 and all(name.isdigit() and int(name) < 1000 for name in folder):
+        known = [str(number) for number in range(1000)]
+        folder = [str(int(name)) for name in folder]
+    if known and set(folder) <= set(known):
+        return None if folder == known else [known.index(name) for name in folder]
+    if known:
+        strange = [name for name in folder if name not in known]
+        raise ValueError(f"the weights are for other classes than the data: {len(strange)} folder(s) unknown to the model, "
+                         f"such as {strange[0]!r}; it knows {known[0]!r}, {known[1]!r}, ...")
+    if len(folder) != loaded.num_classes:
+        remedy = ("for a part of ImageNet add --reference DIR, a folder with all 1000 class folders, to know their order"
+                  if are_wordnet_ids(folder) else "give the data it was trained for")
+        raise ValueError(f"the model knows {loaded.num_classes} classes and the data has {len(folder)} ({folder[0]}, ...): "
+                         f"{remedy}")
+    return None
+
+
+def imagenet_notes(split):
+    """What would make the numbers incomparable with published ones: lines to print before a run on 1000 classes."""
+    if not isinstance(split.images, data.Folder):
+        return []
+    notes, counts = [], collections.Counter(split.images.targets)
+    if not are_wordnet_ids(split.classes) and not all(name.isdigit() for name in split.classes):
+        notes.append(f"class folders are not WordNet ids (n01440764, ...) but {split.classes[0]!r}, ...: ImageNet's order of "
+                     "classes is that of the ids, with other names the labels are wrong")
+    odd = [label for label in counts if counts[label] != 50]
+    if odd:
+        hint = "is this the training set? give val/" if len(split.images) > 100_000 else "it is not the validation set"
+        notes.append(f"{len(odd)} of {len(split.classes)} classes do not have 50 images ({split.classes[odd[0]]} has "
+                     f"{counts[odd[0]]}): {hint}")
+    return notes
+
+
+def verdict(weights, score):
+    """How a result compares with the published one; None if the weights are not published or the data is not ImageNet's
+    50,000 images."""
+    names = [name for name, published in deit.PUBLISHED.items()
+             if weights == name or os.path.basename(weights) == published.file]
+    if not names or score.images != 50_000:
+        return None
+    published = deit.PUBLISHED[names[0]]
+    differences = score.top1 - published.top1, score.top5 - published.top5
+    judgement = "within noise" if max(map(abs, differences)) <= NOISE else "not explained by noise: check your data"
+    return (f"published: Acc@1 {published.top1:.3f} Acc@5 {published.top5:.3f}; "
+            f"difference {differences[0]:+.3f} {differences[1]:+.3f}: {judgement}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single pictures
+
+
+def class_names(loaded):
+    """Names to show for the model's classes: ImageNet's from torchvision, else the checkpoint's, else numbers."""
+    if loaded.num_classes == 1000 and (not loaded.classes or are_wordnet_ids(loaded.classes)):
+        return ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    return loaded.classes or [f"class {label}" for label in range(loaded.num_classes)]
+
+
+def attention_figure(model, images, names):
+    """A Pillow image, a row per picture (normalised, (B, 3, S, S)): where its class token, and its distillation token,
+    attend to. "last block" is the mean over heads of the last block's attention; "rollout" (Abnar and Zuidema, 2020)
+    follows it through all blocks, half of each block's input being the residual. Bright is much, relative to the
+    picture's most attended patch."""
+    maps = model.attention_maps(images).mean(dim=2)                                                 # (B, depth, N, N)
+    rollout = identity = torch.eye(maps.shape[-1], device=images.device)
+    for attention in maps.unbind(dim=1):
+        rollout = (attention + identity) / 2 @ rollout
+    columns, titles = [images], ["picture"]
+    for position, token in enumerate(("class", "distillation")[: len(model.tokens)]):
+        for name, attention in (("last block", maps[:, -1]), ("rollout", rollout)):
+            columns.append(highlight(images, attention[:, position, len(model.tokens):]))           # (B, patches)
+            titles.append(f"{token}, {name}")
+    return data.draw_grid([column.cpu() for column in columns], titles, names)
+
+
+def highlight(images, patches):
+    """Dims each image where its patches (B, patches) have little weight; normalised in, normalised out."""
+    side = math.isqrt(patches.shape[1])
+    weight = (patches / patches.amax(dim=1, keepdim=True)).unflatten(1, (1, side, side))
+    weight = F.interpolate(weight, size=images.shape[-2:], mode="bilinear")                         # (B, 1, S, S)
+    black = data.normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=images.device))
+    return black + (images - black) * (0.08 + 0.92 * weight)
+
+
+@torch.no_grad()
+def describe_pictures(loaded, paths, device, crop_ratio, attention):
+    """Prints the five likeliest classes of each picture; writes the attention figure if a path for it is given."""
+    transform = data.eval_transform(loaded.image_size, crop_ratio=crop_ratio)
+    pixels = torch.stack([transform(data.read_rgb(path)) for path in paths])
+    images, names = data.normalize(pixels.to(device)), class_names(loaded)
+    top = predict(loaded.model, images)["mean"].softmax(dim=1).topk(min(5, loaded.num_classes), dim=1)
+    for path, probabilities, labels in zip(paths, top.values.tolist(), top.indices.tolist()):
+        print(path)
+        for probability, label in zip(probabilities, labels):
+            print(f"  {100 * probability:6.2f} %  {names[label]}")
+    if attention:
+        if not isinstance(loaded.model, deit.DeiT):
+            raise ValueError("--attention needs a DeiT; a convnet has no attention to show")
+        attention_figure(loaded.model, images, [os.path.basename(path) for path in paths]).save(attention)
+        print(f"{attention}: attention of {'class and distillation token' if loaded.model.distilled else 'the class token'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_flags():
+    parser = OneLineParser(description="Top-1, top-5 and loss of a checkpoint; or the classes of single pictures.",
+                           allow_abbrev=False)
     parser.add_argument("--weights", required=True, metavar="W",
                         help=f"a file, an https URL or a published name: {', '.join(deit.PUBLISHED)}; or a teacher")
-    parser.add_argument("--data", required=True, metavar="DIR",
+    parser.add_argument("--data", metavar="DIR",
                         help=f"a folder with val/, the val folder itself, or one of {', '.join(data.NAMED)}")
+    parser.add_argument("--image", nargs="+", metavar="FILE", help="pictures to name, in place of --data")
+    parser.add_argument("--attention", metavar="PNG", help="with --image: draw what the model's tokens attend to")
+    parser.add_argument("--reference", metavar="DIR", help="a complete ImageNet train/ or val/: tells which class is which "
+                        "when --data has a part of the 1000 (ImageNet-100, Imagenette, ImageNet-A, ImageNet-R)")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"images per process (default {BATCH_SIZE})")
     parser.add_argument("--image-size", type=int, help="evaluate at another size than the file's (pixels)")
     parser.add_argument("--crop-ratio", type=float, default=0.875, help="share of the short side kept (default 0.875)")
     parser.add_argument("--ema", action="store_true", help="the averaged weights of a training checkpoint")
     parser.add_argument("--workers", type=int, help="loader processes (default: usable CPUs / processes here)")
     args = parser.parse_args()
+    if not args.data and not args.image:
+        parser.error("give --data DIR to evaluate on, or --image FILE ... to look at")
+    if args.data and args.image or args.attention and not args.image:
+        parser.error("--data evaluates; --image names single pictures, with --attention as a figure: one or the other")
+    if args.batch_size < 1 or not 0 < args.crop_ratio <= 1 or (args.image_size or 1) < 1 or (args.workers or 0) < 0:
+        parser.error("--batch-size and --image-size must be 1 or more, --crop-ratio above 0 and at most 1, --workers 0 or more")
+    return args
 
-    with one_line_errors("evaluate.py", OSError, ValueError, data.BadImage):
-        if args.batch_size < 1 or not 0 < args.crop_ratio <= 1:
-            raise ValueError(f"--batch-size {args.batch_size} and --crop-ratio {args.crop_ratio}: "
-                             "the first must be 1 or more, the second above 0 and at most 1")
-        place = join_processes()
-        workers = usable_cpus() // place.local_world_size if args.workers is None else args.workers
-        with one_per_machine_first(place):
-            model, names, image_size = load_any(args.weights, image_size=args.image_size, ema=args.ema)
-            split = data.open_split(args.data, train=False)
-        num_classes = model.num_classes if isinstance(model, deit.DeiT) else model.fc.out_features
-        check_classes(split, num_classes, names, args.weights)
-        if place.rank == 0:
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            print(f"{args.weights}: {parameters:,} parameters, {num_classes} classes, image size {image_size}\n"
-                  f"{args.data}: {len(split.images):,} images; short side to {int(image_size / args.crop_ratio)}, bicubic, "
-                  f"centre {image_size} x {image_size}")
-        loader = data.eval_loader(split.images, image_size, crop_ratio=args.crop_ratio, batch_size=args.batch_size,
-                                  workers=workers, rank=place.rank, world_size=place.world_size)
-        scores = evaluate(model.to(place.device), loader, place.device, progress=place.rank == 0)
+
+def score(args, loaded, split, place):
+    """Evaluates and prints, on the first process."""
+    columns = match_classes(split.classes, loaded, args.reference)
+    workers = usable_cpus() // place.local_world_size if args.workers is None else args.workers
     if place.rank == 0:
-        for head, score in scores.items():
-            if len(scores) > 1:
-                print(f"{head:<13} Acc@1 {score.top1:.3f} Acc@5 {score.top5:.3f} loss {score.loss:.3f}")
-        final = scores["mean"]
-        print(f"* Acc@1 {final.top1:.3f} Acc@5 {final.top5:.3f} loss {final.loss:.3f}")
+        parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+        print(f"{args.weights}: {parameters:,} parameters, {loaded.num_classes} classes, image size {loaded.image_size}")
+        print(f"{args.data}: {len(split.images):,} images; short side to {int(loaded.image_size / args.crop_ratio)}, bicubic, "
+              f"centre {loaded.image_size} x {loaded.image_size}")
+        if columns:
+            print(f"the data has {len(columns)} of the model's {loaded.num_classes} classes: matched by name, and the "
+                  "choice is among these only")
+        for note in imagenet_notes(split) if loaded.num_classes == 1000 and not columns else []:
+            print(f"note: {note}")
+    loader = data.eval_loader(split.images, loaded.image_size, crop_ratio=args.crop_ratio, batch_size=args.batch_size,
+                              workers=workers, rank=place.rank, world_size=place.world_size)
+    scores = evaluate(loaded.model.to(place.device), loader, place.device, columns=columns, progress=place.rank == 0)
+    if place.rank == 0:
+        for head in scores if len(scores) > 1 else ():
+            print(f"{head:<13} Acc@1 {scores[head].top1:.3f} Acc@5 {scores[head].top5:.3f} loss {scores[head].loss:.3f}")
+        if line := verdict(args.weights, scores["mean"]):
+            print(line)
+        print("* Acc@1 {0.top1:.3f} Acc@5 {0.top5:.3f} loss {0.loss:.3f}".format(scores["mean"]))
+
+
+def main():
+    args = parse_flags()
+    with one_line_errors("evaluate.py", OSError, ValueError, data.BadImage):
+        place = join_processes()
+        with one_per_machine_first(place):                               # it may download the weights or the data
+            loaded = load_any(args.weights, image_size=args.image_size, ema=args.ema)
+            split = data.open_split(args.data, train=False) if args.data else None
+        if args.data:
+            score(args, loaded, split, place)
+        else:
+            loaded.model.to(place.device)
+            describe_pictures(loaded, args.image, place.device, args.crop_ratio, args.attention)
     if dist.is_initialized():
         dist.destroy_process_group()
 

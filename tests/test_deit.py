@@ -160,6 +160,15 @@ def save(tmp_path, content):
     return tmp_path / "weights.pth"
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+@torch.no_grad()
+def test_base_at_384_is_timms(tmp_path, distilled):
+    reference = randomize(timm.create_model(f"deit_base_{'distilled_' * distilled}patch16_384"))
+    model = deit.load_model(save(tmp_path, {"model": reference.state_dict()}))
+    assert (model.image_size, model.pos_embed.shape[1]) == (384, 578 if distilled else 577)
+    assert_same(model(images(384, 1)), reference(images(384, 1)))
+
+
 @every_model
 @torch.no_grad()
 def test_official_files_load_with_nothing_but_their_name(tmp_path, size, distilled):
