@@ -69,7 +69,7 @@ def test_distill_alone_is_hard_and_typed_flags_win_over_the_demos(monkeypatch, t
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py", "--model", "tiny", "--distill", "--epochs", "2"])
     recipe = train.make_recipe(train.parse_recipe())
-    assert (recipe.distill, recipe.data, recipe.epochs, recipe.image_size) == ("hard", "demo", 2, 64)
+    assert (recipe.distill, recipe.data, recipe.epochs, recipe.image_size) == ("hard", "demo", 2, 48)
     (tmp_path / "imagenet").mkdir()
     assert train.make_recipe(train.parse_recipe()).data == "imagenet"
 
@@ -234,11 +234,16 @@ def test_the_whole_way_by_the_command_line_on_two_processes(shared_folder, tmp_p
             assert lines[-1] == f"* Acc@1 {best['top1']:.3f} Acc@5 {best['top5']:.3f} loss {best['loss']:.3f}"
 
 
-def test_without_data_it_says_first_that_this_is_the_demo(tmp_path):
-    done = run_script("train.py", "--model", "tiny", "--epochs", 1, "--batch-size", 600, cwd=tmp_path)
-    assert done.stdout.startswith("NO --data AND NO ./imagenet HERE: training on the built-in demo")
-    assert re.search(r"demo +in place of the paper's values: image_size 64, epochs 1", done.stdout)
-    assert "evaluate.py --weights runs/tiny-demo/best.pth --data demo" in done.stdout
+def test_without_data_the_demo_makes_its_teacher_and_says_so_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data.Demo, "train_size", 64)
+    monkeypatch.setattr(data.Demo, "val_size", 20)
+    train_in_process(monkeypatch, "--model", "tiny", "--distill", "--epochs", 1, "--workers", 0)
+    printed = capsys.readouterr().out
+    assert printed.startswith("NO --data AND NO ./imagenet HERE: training on the built-in demo")
+    assert "in place of the paper's values: image_size 48, epochs 1, batch_size 32" in printed
+    assert re.search(r"teacher +runs/tiny-distilled-demo/teacher/best.pth: \d+\.\d\d % top-1 on 20 validation images", printed)
+    assert printed.endswith("python evaluate.py --weights runs/tiny-distilled-demo/best.pth --data demo\n")
 
 
 def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(shared_folder, tmp_path, monkeypatch, capsys):
