@@ -13,7 +13,6 @@ Shapes, at the right margin where they change: B images, N tokens, D channels, H
 """
 import argparse
 import math
-import pickle
 import re
 from typing import NamedTuple
 
@@ -236,58 +235,43 @@ def count_macs(model):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: four layouts, one set of names
 
-# Regular expressions that turn other projects' parameter names into the official ones; the first that matches counts.
-MMPRETRAIN_NAMES = [
-    (r"backbone\.layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
-    (r"backbone\.layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
-    (r"backbone\.layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
-    (r"backbone\.layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
-    (r"backbone\.patch_embed\.projection\.", "patch_embed.proj."),
-    (r"backbone\.ln1\.", "norm."),
-    (r"backbone\.", ""),
-    (r"head\.layers\.", ""),
-]
-# Two generations: files on the hub (transformers <= 4) | what transformers 5 holds in memory.
-HUGGING_FACE_NAMES = [
-    (r"(?:deit|vit)\.embeddings\.distillation_token", "dist_token"),
-    (r"(?:deit|vit)\.embeddings\.position_embeddings", "pos_embed"),
-    (r"(?:deit|vit)\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"(?:deit|vit)\.embeddings\.", ""),
-    (r"(?:deit|vit)\.(?:encoder\.layer|layers)\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
-    (r"(?:deit|vit)\.(?:encoder\.layer|layers)\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
-    (r"(?:deit|vit)\.encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.", r"blocks.\1.attn.\2."),
-    (r"(?:deit|vit)\.layers\.(\d+)\.attention\.q_proj\.", r"blocks.\1.attn.query."),
-    (r"(?:deit|vit)\.layers\.(\d+)\.attention\.k_proj\.", r"blocks.\1.attn.key."),
-    (r"(?:deit|vit)\.layers\.(\d+)\.attention\.v_proj\.", r"blocks.\1.attn.value."),
-    (r"(?:deit|vit)\.encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
-    (r"(?:deit|vit)\.layers\.(\d+)\.attention\.o_proj\.", r"blocks.\1.attn.proj."),
-    (r"(?:deit|vit)\.encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
-    (r"(?:deit|vit)\.encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
-    (r"(?:deit|vit)\.layers\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
-    (r"(?:deit|vit)\.layernorm\.", "norm."),
-    (r"(?:cls_)?classifier\.", "head."),
-    (r"distillation_classifier\.", "head_dist."),
-]
+# What turns other projects' parameter names into the official ones: regular expressions, all applied in this order.
+MMPRETRAIN_NAMES = {
+    r"^backbone\.ln1\.": "norm.", r"^backbone\.layers\.": "blocks.", r"^backbone\.|^head\.layers\.": "",
+    r"\.projection\.": ".proj.", r"\.ln([12])\.": r".norm\1.",
+    r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.", r"\.ffn\.layers\.1\.": ".mlp.fc2.",
+}
+HUGGING_FACE_NAMES = {                                                   # files on the hub | memory of transformers 5
+    r"^(deit|vit)\.(encoder\.layer|layers)\.": "blocks.", r"^(deit|vit)\.(embeddings\.)?": "",
+    "^distillation_token$": "dist_token", "^position_embeddings$": "pos_embed",
+    r"^patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.", r"^layernorm\.": "norm.",
+    r"\.attention\.(attention\.query|q_proj)\.": ".attn.q.", r"\.attention\.(attention\.key|k_proj)\.": ".attn.k.",
+    r"\.attention\.(attention\.value|v_proj)\.": ".attn.v.", r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
+    r"\.intermediate\.dense\.": ".mlp.fc1.", r"\.output\.dense\.": ".mlp.fc2.",
+    r"^distillation_classifier\.": "head_dist.", r"^(cls_)?classifier\.": "head.",
+}
 
 
-def rename(name, rules):
-    for pattern, replacement in rules:
-        renamed, matched = re.subn("^" + pattern, replacement, name)
-        if matched:
-            return renamed
-    return name
+def rename(state, rules):
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in rules.items():
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
 
 
 def official_names(state):
-    """Renames a state dict of any of the four layouts to the official names, joining split query/key/value."""
-    state = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+    """Renames a state dict of any of the four layouts to the official names, joining split query, key and value."""
+    state = rename(state, {r"^(module\.|_orig_mod\.)+": ""})
     if "backbone.cls_token" in state:
-        return {rename(name, MMPRETRAIN_NAMES): tensor for name, tensor in state.items()}
+        return rename(state, MMPRETRAIN_NAMES)
     if "deit.embeddings.cls_token" in state or "vit.embeddings.cls_token" in state:
-        state = {rename(name, HUGGING_FACE_NAMES): tensor for name, tensor in state.items()}
-        for name in [name for name in state if ".attn.query." in name]:
-            parts = [state.pop(name.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
-            state[name.replace(".query.", ".qkv.")] = torch.cat(parts)
+        state = rename(state, HUGGING_FACE_NAMES)
+        for name in [name for name in state if ".attn.q." in name]:
+            parts = [state.pop(name.replace(".q.", part), None) for part in (".q.", ".k.", ".v.")]
+            state[name.replace(".q.", ".qkv.")] = torch.cat([part for part in parts if part is not None])
     return state
 
 
@@ -312,7 +296,7 @@ def read_checkpoint(source):
                                 f"{', '.join(PUBLISHED)} is expected") from None
     except OSError as error:                                             # no network, a folder, no permission
         raise OSError(f"cannot read weights {source!r}: {error}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:                                           # a damaged file can make torch raise anything
         reason = (str(error) or type(error).__name__).split("\n")[0][:200]
         raise ValueError(f"{source!r} is not a checkpoint of tensors and plain values, or is damaged: {reason}") from None
 
@@ -321,7 +305,7 @@ def read_safetensors(path):
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise ValueError(f"reading {path!r} needs one more package: pip install safetensors") from None
+        raise OSError("it needs one more package: pip install safetensors") from None
     return load_file(path)
 
 

@@ -89,7 +89,7 @@ class Recipe:
 
 
 # What the built-in demo changes: 48 pixels and minutes instead of 224 and days. The rest is the paper's.
-DEMO = {"data": "demo", "image_size": 48, "epochs": 11, "batch_size": 32, "lr": 1e-3 * 512 / 32, "warmup_epochs": 0.5}
+DEMO = {"data": "demo", "image_size": 48, "epochs": 10, "batch_size": 32, "lr": 1e-3 * 512 / 32, "warmup_epochs": 0.5}
 # And for the demo's teacher, a small convnet that learns the patterns in four epochs, without the heavy augmentation.
 DEMO_TEACHER = {"model": "regnet_y_400mf", "epochs": 4, "batch_size": 16, "lr": 1e-3 * 512 / 16, "warmup_epochs": 0.3,
                 "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "rand_augment": 0.0, "label_smoothing": 0.0}

@@ -1,6 +1,7 @@
 """The model against timm, transformers and the published numbers."""
 import argparse
 import pickle
+import sys
 
 import pytest
 import timm
@@ -212,6 +213,13 @@ def test_hugging_face_models_load_from_their_saved_files(tmp_path, distilled):
     assert_same(deit.load_model(tmp_path / "model.safetensors")(images(64)), reference(images(64)).logits)
 
 
+def test_safetensors_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(OSError, match="model.safetensors': it needs one more package: pip install safetensors"):
+        deit.load_model(tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize("distilled", [False, True])
 @torch.no_grad()
 def test_mmpretrain_names_load(tmp_path, distilled):
@@ -258,6 +266,29 @@ def test_nothing_is_loaded_loosely(change, message):
     change(state)
     with pytest.raises(ValueError, match=message):
         deit.load_model(state)
+
+
+@torch.no_grad()
+def test_a_published_name_is_its_file_in_torch_hubs_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    reference = timm_model("tiny", True)
+    torch.save({"model": reference.state_dict()}, tmp_path / "hub" / "checkpoints" / deit.PUBLISHED["tiny-distilled"].file)
+    assert_same(deit.load_model("tiny-distilled")(images()), reference(images()))
+
+
+def test_a_download_is_checked_against_the_hash_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    asked = []
+
+    def download(url, path, hash_prefix=None, progress=True):
+        asked.append((url, hash_prefix))
+        raise RuntimeError(f'invalid hash value (expected "{hash_prefix}", got "0123")')
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(ValueError, match="'https://.*' is not a checkpoint .* invalid hash value"):
+        deit.load_model("base-384")
+    assert asked == [("https://dl.fbaipublicfiles.com/deit/deit_base_patch16_384-8de9b5d1.pth", "8de9b5d1")]
 
 
 class Malicious:
