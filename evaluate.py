@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import time
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -91,9 +92,10 @@ def one_line_errors(program, *mistakes):
     try:
         yield
     except mistakes as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, data.BadImage):
-            reason = str(error).strip().split("\n")[-1]                  # a loader's worker puts its traceback before
-            print(f"{program}: {reason.removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, data.BadImage):
+            time.sleep(10)                                               # the first process says it, unless it has no error
+        reason = str(error).strip().split("\n")[-1]                      # a loader's worker puts its traceback before
+        print(f"{program}: {reason.removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

@@ -49,8 +49,8 @@ CHECKPOINT_MINUTES = 30                                                  # betwe
 # The recipe. Defaults are the paper's (table 9); the command line is made from this class.
 
 
-def flag(default, help):
-    return field(default=default, metadata={"help": help})
+def flag(default, help, low=-math.inf, high=math.inf):
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass
@@ -60,30 +60,30 @@ class Recipe:
     data: str = flag(None, f"folder with train/ and val/, or {', '.join(data.NAMED)}; default ./imagenet, else demo")
     teacher: str = flag("official", "the paper's RegNetY-16GF, a torchvision RegNet's name, a file or a URL")
     init: str = flag(None, "weights to start from: a file, a URL or a published name")
-    image_size: int = flag(224, "pixels, a multiple of 16")
-    epochs: int = flag(300, "an epoch is as many views as there are images (1000 in the paper's long runs)")
-    batch_size: int = flag(1024, "images per optimiser step, over all processes")
-    accum_steps: int = flag(1, "parts in which each process computes its share of a batch")
-    lr: float = flag(5e-4, "peak learning rate for a batch of 512; scaled by batch / 512")
-    min_lr: float = flag(1e-5, "where the cosine ends; not scaled, as in the official code")
-    warmup_lr: float = flag(1e-6, "where the warm-up starts; not scaled")
-    warmup_epochs: float = flag(5.0, "linear warm-up")
-    weight_decay: float = flag(0.05, "AdamW's; not for biases, norms, class token and positions")
-    drop_path: float = flag(0.1, "stochastic depth of the last block, rising from 0 in the first")
-    label_smoothing: float = flag(0.1, "share of each target spread over all classes")
-    rand_augment: float = flag(9.0, "magnitude 0 to 10, mean of Normal(m, 0.5); 0 turns RandAugment off")
-    erasing: float = flag(0.25, "probability of erasing a rectangle of a view")
-    repeats: int = flag(3, "views of each drawn image in an epoch; 1 turns repeated augmentation off")
-    mixup: float = flag(0.8, "alpha of Beta(alpha, alpha); 0 turns it off")
-    cutmix: float = flag(1.0, "alpha of Beta(alpha, alpha); 0 turns it off")
-    mix_group: int = flag(None, "most images that share one lambda; default as the official runs: 64 base, 256 others")
-    alpha: float = flag(None, "weight of the distillation term; default the paper's: 0.5 hard, 0.1 soft")
-    temperature: float = flag(3.0, "of soft distillation")
-    ema: float = flag(0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none (the paper's default)")
+    image_size: int = flag(224, "pixels, a multiple of 16", 1)
+    epochs: int = flag(300, "an epoch is as many views as there are images (1000 in the paper's long runs)", 1)
+    batch_size: int = flag(1024, "images per optimiser step, over all processes", 1)
+    accum_steps: int = flag(1, "parts in which each process computes its share of a batch", 1)
+    lr: float = flag(5e-4, "peak learning rate for a batch of 512; scaled by batch / 512", 0)
+    min_lr: float = flag(1e-5, "where the cosine ends; not scaled, as in the official code", 0)
+    warmup_lr: float = flag(1e-6, "where the warm-up starts; not scaled", 0)
+    warmup_epochs: float = flag(5.0, "linear warm-up", 0)
+    weight_decay: float = flag(0.05, "AdamW's; not for biases, norms, class token and positions", 0)
+    drop_path: float = flag(0.1, "stochastic depth of the last block, rising from 0 in the first", 0, 0.99)
+    label_smoothing: float = flag(0.1, "share of each target spread over all classes", 0, 1)
+    rand_augment: float = flag(9.0, "magnitude 0 to 10, mean of Normal(m, 0.5); 0 turns RandAugment off", 0, 10)
+    erasing: float = flag(0.25, "probability of erasing a rectangle of a view", 0, 1)
+    repeats: int = flag(3, "views of each drawn image in an epoch; 1 turns repeated augmentation off", 1)
+    mixup: float = flag(0.8, "alpha of Beta(alpha, alpha); 0 turns it off", 0)
+    cutmix: float = flag(1.0, "alpha of Beta(alpha, alpha); 0 turns it off", 0)
+    mix_group: int = flag(None, "most images that share one lambda; default as the official runs: 64 base, 256 others", 2)
+    alpha: float = flag(None, "weight of the distillation term; default the paper's: 0.5 hard, 0.1 soft", 0, 1)
+    temperature: float = flag(3.0, "of soft distillation", 1e-3)
+    ema: float = flag(0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none (the paper's default)", 0, 1)
     precision: str = flag("auto", "bf16, fp16 or fp32; auto is bf16 on GPUs that have it, else fp32")
     compile: bool = flag(False, "torch.compile the model")
-    workers: int = flag(None, "loader processes per process; default usable CPUs / processes here")
-    seed: int = flag(0, "everything random follows from it")
+    workers: int = flag(None, "loader processes per process; default usable CPUs / processes here", 0)
+    seed: int = flag(0, "everything random follows from it", 0)
     output: str = flag(None, "the run's folder; default runs/<model>-<data>, numbered")
     resume: bool = flag(False, "go on with the run in --output, by default the newest of its name")
 
@@ -129,11 +129,11 @@ def make_recipe(typed):
         raise ValueError(f"--distill trains a DeiT, not {recipe.model}: leave it out to make a teacher")
     if "teacher" in typed and not recipe.distill:
         raise ValueError(f"--teacher {recipe.teacher} without --distill: add --distill, or leave the teacher out")
-    for name in ("image_size", "epochs", "batch_size", "accum_steps", "repeats"):
-        if getattr(recipe, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: it must be 1 or more")
-    if recipe.seed < 0:
-        raise ValueError(f"--seed {recipe.seed}: it must be 0 or more")
+    for item in fields(Recipe):
+        value, (low, high) = getattr(recipe, item.name), (item.metadata["low"], item.metadata["high"])
+        if isinstance(value, (int, float)) and not low <= value <= high:     # not a number (nan) fails too
+            bounds = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+            raise ValueError(f"--{item.name.replace('_', '-')} {value}: it must be {bounds}")
     if is_deit and recipe.image_size % deit.PATCH_SIZE:
         deit.create_model(recipe.model, image_size=recipe.image_size)    # raises, with the size to use instead
     recipe.alpha = recipe.alpha if recipe.alpha is not None else 0.1 if recipe.distill == "soft" else 0.5

@@ -274,6 +274,8 @@ def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(sha
     (["--data", "{data}", "--model", "regnet_y_400mf", "--init", "{other}"], "is a regnet_x_400mf"),
     (["--data", "{data}", "--precision", "fp16"], "fp16 needs a GPU"),
     (["--data", "{data}", "--epochs", "0"], "--epochs 0: it must be 1 or more"),
+    (["--data", "{data}", "--drop-path", "1"], "--drop-path 1.0: it must be from 0 to 0.99"),
+    (["--data", "{data}", "--lr", "nan"], "--lr nan: it must be 0 or more"),
     (["--data", "{data}", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
     (["--data", "{data}", "--resume"], "nothing to resume"),
     (["--data", "{data}", "--output", "{text}"], "notes.pth")])
