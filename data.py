@@ -14,7 +14,9 @@ view is a function of (seed, epoch, image, view) and of nothing else, so any bat
 """
 import argparse
 import math
+import multiprocessing
 import os
+import signal
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -219,11 +221,27 @@ class TrainBatches(Dataset):
         return pixels, labels, indices, torch.tensor(boxes, dtype=torch.int64).reshape(-1, 5)
 
 
+def worker_options(workers):
+    """DataLoader's options for its workers. They come from a fork server and stay: to fork the training process itself,
+    full of threads, once per epoch is to deadlock sooner or later."""
+    if not workers:
+        return {"pin_memory": torch.cuda.is_available()}
+    multiprocessing.set_forkserver_preload(["torchvision.transforms.v2", "torchvision.models", "torch.utils.tensorboard"])
+    return {"pin_memory": torch.cuda.is_available(), "num_workers": workers, "persistent_workers": True,
+            "multiprocessing_context": "forkserver", "worker_init_fn": outlive_signals}
+
+
+def outlive_signals(worker):
+    """Ctrl-C and Slurm signal every process at once, but the run needs a few batches more to end its step and save: a
+    worker ignores SIGINT and obeys SIGTERM 20 seconds late."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(20))
+
+
 def train_loader(images, sampler, image_size, *, rand_augment=9.0, erasing=0.25, seed=0, workers=0):
     """Batches as TrainBatches gives them, in the order of `sampler` (call its set_epoch before each epoch)."""
     dataset = TrainBatches(images, image_size, rand_augment=rand_augment, erasing=erasing, seed=seed)
-    return DataLoader(dataset, sampler=Batches(sampler), batch_size=None, num_workers=workers,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+    return DataLoader(dataset, sampler=Batches(sampler), batch_size=None, **worker_options(workers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,8 +265,8 @@ class EvalImages(Dataset):
 def eval_loader(images, image_size, *, crop_ratio=0.875, batch_size=64, workers=0, rank=0, world_size=1, subset=None):
     """Batches of (images uint8, labels). Every image (of `subset`: indices) goes to one rank, once; nothing is padded."""
     indices = range(len(images)) if subset is None else subset
-    return DataLoader(EvalImages(images, image_size, crop_ratio), batch_size=batch_size, num_workers=workers,
-                      sampler=indices[rank::world_size], pin_memory=torch.cuda.is_available())
+    return DataLoader(EvalImages(images, image_size, crop_ratio), batch_size=batch_size,
+                      sampler=indices[rank::world_size], **worker_options(workers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,11 +355,17 @@ class Folder(datasets.ImageFolder):
     """torchvision's ImageFolder without hidden files and folders, and with errors that say what to do."""
 
     def __init__(self, root):
-        super().__init__(root, loader=read_rgb, is_valid_file=is_image, allow_empty=True)
+        self.ignored = 0
+        super().__init__(root, loader=read_rgb, is_valid_file=self.is_wanted, allow_empty=True)
         empty = sorted(set(range(len(self.classes))) - set(self.targets))
         if empty:
             names = ", ".join(self.classes[label] for label in empty[:5])
             raise ValueError(f"{len(empty)} class folder(s) under {root} without images: {names}; fill or remove them")
+
+    def is_wanted(self, path):
+        wanted = is_image(path)
+        self.ignored += not wanted
+        return wanted
 
     def find_classes(self, directory):
         classes = class_folders(directory)
@@ -433,6 +457,12 @@ def open_split(data, *, train):
     return Split(folder, folder.classes)
 
 
+def describe_ignored(*splits):
+    """", 3 other files ignored", or nothing."""
+    ignored = sum(getattr(split.images, "ignored", 0) for split in splits)
+    return f", {ignored} other file(s) ignored" if ignored else ""
+
+
 def open_dataset(data):
     """(training split, validation split), of the same classes. Raises ValueError where those differ."""
     train, val = open_split(data, train=True), open_split(data, train=False)
@@ -504,9 +534,9 @@ class Openable(Dataset):
 
 def check(split, name, workers):
     """Opens every image; prints the bad ones and returns their number."""
-    loader = DataLoader(Openable(split.images), batch_size=64, num_workers=workers, collate_fn=list)
+    loader = DataLoader(Openable(split.images), batch_size=64, collate_fn=list, **worker_options(workers))
     bad = [reason for batch in tqdm(loader, desc=f"check {name}", unit="batch") for reason in batch if reason]
-    print(f"{name}: {len(split.images)} images, {len(split.classes)} classes, {len(bad)} unreadable", *bad, sep="\n  ")
+    print(f"{name}: {len(split.images)} images, {len(split.classes)} classes{describe_ignored(split)}, {len(bad)} unreadable", *bad, sep="\n  ")
     return len(bad)
 
 

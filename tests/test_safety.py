@@ -1,0 +1,168 @@
+"""A run cannot be lost, fooled or silently wrong: kills, full disks, damaged files, nan, bombs."""
+import json
+import os
+import resource
+import struct
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train
+from conftest import ROOT, run_script
+from kill_and_resume import difference, survive
+from test_train import small_run, train_in_process
+
+
+@pytest.mark.parametrize("processes, workers, kills", [(1, 0, 1), (1, 2, 2)])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(processes, workers, kills, tmp_path):
+    assert survive(tmp_path, kills, processes, workers, seed=workers) == (kills, None)
+
+
+def run_with_fault(monkeypatch, fault, *args, processes=2, restarts=0):
+    monkeypatch.setenv("FAULT", fault)
+    return run_script("tests/train_with_faults.py", *args, processes=processes, restarts=restarts, check=False)
+
+
+def test_torchrun_restarts_a_killed_rank_where_it_was(shared_folder, tmp_path, monkeypatch):
+    flags = [*small_run(shared_folder, tmp_path / "whole")]
+    assert run_with_fault(monkeypatch, "none:0:0", *flags).returncode == 0
+    flags[flags.index("--output") + 1] = tmp_path / "cut"
+    done = run_with_fault(monkeypatch, "kill:1:5", *flags, restarts=2)
+    assert done.returncode == 0, done.stderr
+    assert difference(tmp_path / "whole", tmp_path / "cut") is None
+
+
+def test_nan_on_one_rank_stops_all_and_that_rank_says_so(shared_folder, tmp_path, monkeypatch):
+    done = run_with_fault(monkeypatch, "nan:1:4", *small_run(shared_folder, tmp_path / "run"))
+    lines = [line for line in done.stderr.splitlines() if "train.py: rank" in line]
+    assert done.returncode != 0 and len(lines) == 1
+    assert lines[0].split("train.py: ")[1].startswith("rank 1: the loss became nan between steps 1 and 1 of epoch 1")
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["state"]["step"] == 4
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(shared_folder, tmp_path, monkeypatch, capsys):
+    class Overflowing(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * float("inf")
+
+    forward = train.deit.DeiT.forward
+    monkeypatch.setattr(train.deit.DeiT, "forward", lambda self, images: Overflowing.apply(forward(self, images)))
+    with pytest.raises(SystemExit) as stop:
+        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run"))
+    assert stop.value.code == 1 and not (tmp_path / "run" / "last.pth").exists()
+    assert "the gradient is not finite between steps 0 and 0" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    train.save({"weights": torch.arange(1000.0)}, tmp_path / "last.pth")
+    before, limits = (tmp_path / "last.pth").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write .*last.pth"):
+            train.save({"weights": torch.arange(100_000.0)}, tmp_path / "last.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "last.pth").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_a_folder_without_room_is_refused_before_the_start(shared_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: train.shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
+    with pytest.raises(SystemExit):
+        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run"))
+    assert "has room for 1 MiB and the run needs 126 MiB: make room" in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_named_and_refused(shared_folder, tmp_path, monkeypatch, capsys):
+    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
+    path = tmp_path / "run" / "last.pth"
+    whole, _ = path.read_bytes(), capsys.readouterr()
+    for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(SystemExit):
+            train_in_process(monkeypatch, "--resume", "--output", tmp_path / "run")
+        printed = capsys.readouterr().err
+        assert str(path) in printed and printed.count("\n") == 1, printed
+    torch.save({"model": {}}, path)
+    with pytest.raises(SystemExit):
+        train_in_process(monkeypatch, "--resume", "--output", tmp_path / "run")
+    assert "is not a training checkpoint of this program" in capsys.readouterr().err
+
+
+def test_a_flag_that_would_change_a_resumed_run_is_refused(shared_folder, tmp_path, monkeypatch, capsys):
+    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
+    with pytest.raises(SystemExit):
+        train_in_process(monkeypatch, "--resume", "--output", tmp_path / "run", "--lr", 1.0)
+    assert "--lr 1.0, but the run to resume has 0.0005" in capsys.readouterr().err
+
+
+def test_a_teacher_no_better_than_chance_is_refused(shared_folder, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    torch.save({"model": train.teacher.create_regnet("regnet_x_400mf", 3).state_dict()}, tmp_path / "teacher.pth")
+    with pytest.raises(SystemExit):
+        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--distill", "--teacher",
+                                                 tmp_path / "teacher.pth"))
+    assert "which could be chance" in capsys.readouterr().err and not (tmp_path / "run" / "last.pth").exists()
+
+
+def test_departures_from_the_recipe_that_cost_others_accuracy_are_noted():
+    assert train.notes(train.make_recipe({"data": "imagenet", "model": "base"})) == []
+    lines = train.notes(train.make_recipe({"data": "imagenet", "model": "base", "batch_size": 512, "warmup_epochs": 10.0}))
+    assert "78.8 % with 512" in lines[0] and "79.2 % with 10" in lines[1]
+
+
+def test_a_decompression_bomb_is_refused(tmp_path):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    with pytest.raises(data.BadImage, match="bomb.png: DecompressionBombError"):
+        data.read_rgb(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"BM" + 60 * b"\x00", b"text"])
+def test_a_file_that_is_no_image_is_named(tmp_path, content):
+    (tmp_path / "bad.jpg").write_bytes(content)
+    with pytest.raises(data.BadImage, match="bad.jpg"):
+        data.read_rgb(tmp_path / "bad.jpg")
+
+
+def test_a_png_named_jpg_and_a_rotated_jpeg_are_read(tmp_path):
+    image = Image.linear_gradient("L").convert("RGB").resize((30, 20))
+    image.save(tmp_path / "really.jpg", format="PNG")
+    assert data.read_rgb(tmp_path / "really.jpg").tobytes() == image.tobytes()
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                     # turned by 90 degrees: not applied, as published
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert data.read_rgb(tmp_path / "turned.jpg").size == (30, 20)
+
+
+def test_ignored_files_are_counted(folder, capsys):
+    for name in ("notes.txt", ".hidden.jpg"):
+        (folder / "val" / "cat" / name).write_text("")
+    split = data.open_split(folder, train=False)
+    assert data.describe_ignored(split) == ", 2 other file(s) ignored"
+
+
+def test_nothing_of_the_environment_reaches_the_run_folder(shared_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "c0ffee-c0ffee")
+    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
+    assert all(b"c0ffee" not in path.read_bytes() for path in (tmp_path / "run").iterdir())
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert all(isinstance(value, (int, float)) for value in record.values())
+
+
+def test_every_file_is_read_without_unpickling():
+    for script in ROOT.glob("*.py"):
+        source = script.read_text()
+        assert source.count("torch.load(") == source.count("weights_only=True)") - source.count("load_state_dict_from_url(")
+        assert "pickle" not in source and os.path.basename(script)
