@@ -115,11 +115,15 @@ def train_transform(image_size, *, rand_augment=9.0):
     return transforms.Compose([*crop, transforms.RandomHorizontalFlip(), *augment, transforms.PILToTensor()])
 
 
+def short_side(image_size, crop_ratio=0.875):
+    """Pixels to which the short side is resized before the centre is cut out; at 32 or less nothing is cut off."""
+    return image_size if image_size <= 32 else int(image_size / crop_ratio)
+
+
 def eval_transform(image_size, *, crop_ratio=0.875):
     """RGB Pillow image to the uint8 view (3, S, S) of the published numbers: short side to int(S / 0.875), bicubic,
-    then the centre. At 32 pixels or less nothing is cut off."""
-    ratio = 1.0 if image_size <= 32 else crop_ratio
-    resize = transforms.Resize(int(image_size / ratio), transforms.InterpolationMode.BICUBIC)
+    then the centre."""
+    resize = transforms.Resize(short_side(image_size, crop_ratio), transforms.InterpolationMode.BICUBIC)
     return transforms.Compose([resize, transforms.CenterCrop(image_size), transforms.PILToTensor()])
 
 
@@ -296,15 +300,15 @@ def mix(images, labels, indices, num_classes, *, mixup=0.8, cutmix=1.0, group=25
 
     `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 leaves that one out. Every `group` images or fewer share
     one choice, lambda and box, as in one process of the official runs. Each image is mixed with its neighbour, which
-    by the layout of the batch is another image; where it is not (batches under 8 images), the group stays as it is.
+    by the layout of the batch is another image; where it is not (a batch of few images), the group stays as it is.
     """
     choices = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
     choices += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
     groups = math.ceil(len(images) / group) if choices else 1
     parts = []
     for first in range(groups):                                          # a group: every groups-th image from `first` on
-        part, ids = (images[first::groups], labels[first::groups]), indices[first::groups]
-        if choices and (ids != ids.roll(1)).all():
+        part, numbers = (images[first::groups], labels[first::groups]), indices[first::groups]
+        if choices and (numbers != numbers.roll(1)).all():
             parts.append(choices[torch.randint(len(choices), ())](*part))
         else:
             parts.append((part[0], F.one_hot(part[1], num_classes).float()))
@@ -347,7 +351,8 @@ def class_folders(directory):
     if not classes:
         loose = sum(is_image(entry.name) for entry in entries)
         raise ValueError(f"{directory} has {loose} images but no class folders: move each image into a folder "
-                         f"named for its class, {directory}/<class>/<image>")
+                         f"named for its class, {directory}/<class>/<image> (for ImageNet's flat val/, torchvision's "
+                         "datasets.ImageNet or the usual valprep script sorts them)")
     return classes
 
 
@@ -355,7 +360,7 @@ class Folder(datasets.ImageFolder):
     """torchvision's ImageFolder without hidden files and folders, and with errors that say what to do."""
 
     def __init__(self, root):
-        self.ignored = 0
+        self.folder, self.ignored = root, 0
         super().__init__(root, loader=read_rgb, is_valid_file=self.is_wanted, allow_empty=True)
         empty = sorted(set(range(len(self.classes))) - set(self.targets))
         if empty:
@@ -363,12 +368,14 @@ class Folder(datasets.ImageFolder):
             raise ValueError(f"{len(empty)} class folder(s) under {root} without images: {names}; fill or remove them")
 
     def is_wanted(self, path):
-        wanted = is_image(path)
+        hidden = any(part.startswith(".") for part in os.path.relpath(path, self.folder).split(os.sep))
+        wanted = is_image(path) and not hidden
         self.ignored += not wanted
         return wanted
 
     def find_classes(self, directory):
         classes = class_folders(directory)
+        self.ignored += sum(is_image(entry.name) for entry in os.scandir(directory))     # loose beside the class folders
         return classes, {name: label for label, name in enumerate(classes)}
 
 
@@ -482,7 +489,7 @@ def contact_sheet(split, image_size, *, rows=8, seed=0):
     the model before mixing, then the first view mixed with a neighbouring row by mixup and by cutmix."""
     spread = torch.randperm(len(split.images), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
     evaluation = torch.stack([eval_transform(image_size)(split.images[index][0]) for index in spread])
-    draws = [(index, view) for view in range(3) for index in spread]
+    rows, draws = len(spread), [(index, view) for view in range(3) for index in spread]
     pixels, labels, indices, boxes = TrainBatches(split.images, image_size, seed=seed)[0, draws]
     torch.manual_seed(seed)
     views = erase(normalize(pixels), boxes)
@@ -504,7 +511,8 @@ def draw_grid(columns, titles, names):
     sheet = Image.new("RGB", (margin + len(columns) * (cell + gap), 24 + len(names) * (cell + gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for row, name in enumerate(names):
-        draw.text((margin - 8, 24 + row * (cell + gap) + cell // 2), name[:16], "black", font, anchor="rm")
+        name = name if len(name) <= 15 else f"..{name[-13:]}"            # the end tells file names apart
+        draw.text((margin - 8, 24 + row * (cell + gap) + cell // 2), name, "black", font, anchor="rm")
     for column, (images, title) in enumerate(zip(columns, titles)):
         left = margin + column * (cell + gap)
         draw.text((left + cell // 2, 12), title, "black", font, anchor="mm")
@@ -550,6 +558,8 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes for --check (default: all cores)")
     parser.add_argument("--output", default="contact_sheet.png", help="where the sheet goes (default contact_sheet.png)")
     args = parser.parse_args()
+    if args.rows < 1 or args.seed < 0 or args.image_size < 1 or args.workers < 0:
+        parser.error("--rows and --image-size must be 1 or more, --seed and --workers 0 or more")
     try:
         train, val = open_dataset(args.data)
         if args.check:
@@ -557,7 +567,7 @@ def main():
         contact_sheet(train, args.image_size, rows=args.rows, seed=args.seed).save(args.output)
     except (OSError, ValueError, BadImage) as error:
         sys.exit(f"data.py: {error}")
-    print(f"{args.output}: {args.rows} of {len(train.images)} training images, {len(train.classes)} classes")
+    print(f"{args.output}: {min(args.rows, len(train.images))} of {len(train.images)} training images, {len(train.classes)} classes")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ Touvron et al., "Training data-efficient image transformers & distillation throu
 Shapes, at the right margin where they change: B images, N tokens, D channels, H heads, K classes.
 """
 import argparse
+import hashlib
 import math
+import os
 import re
 from typing import NamedTuple
 
@@ -143,8 +145,8 @@ class DeiT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         if distilled:
             self.dist_token = nn.Parameter(torch.empty(1, 1, dim))
-        num_tokens = (image_size // PATCH_SIZE) ** 2 + (2 if distilled else 1)
-        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim))
+        num_positions = (image_size // PATCH_SIZE) ** 2 + (2 if distilled else 1)
+        self.pos_embed = nn.Parameter(torch.empty(1, num_positions, dim))
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / (DEPTH - 1)) for i in range(DEPTH))
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(dim, num_classes)
@@ -258,6 +260,8 @@ def rename(state, rules):
     for name, tensor in state.items():
         for pattern, replacement in rules.items():
             name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise ValueError(f"the weights have two tensors for {name!r}")
         renamed[name] = tensor
     return renamed
 
@@ -275,30 +279,51 @@ def official_names(state):
     return state
 
 
+def download(url):
+    """The file behind an https URL, from torch.hub's cache or fetched into it with a progress bar. A hash in its name
+    ("-a1311bcf.pth") is checked; without one the URL itself becomes part of the cached name."""
+    name = url.split("?")[0].rsplit("/", 1)[-1]
+    hashed = re.search(r"-([0-9a-f]{8,})\.", name)
+    if not hashed:
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        print(f"downloading {url} to {path}", flush=True)
+        torch.hub.download_url_to_file(url, path, hashed and hashed[1])
+    return path
+
+
 def read_checkpoint(source):
     """What a file, an https URL or a published name holds, read without executing anything in it.
 
-    URLs go through torch.hub's cache and are checked against the hash in their file name. Raises FileNotFoundError for
-    a missing file and ValueError for one that is not a checkpoint of tensors and plain values.
+    Raises FileNotFoundError for a missing file, OSError for one that cannot be reached, and ValueError for one that does
+    not consist of tensors and plain values; each names the source.
     """
-    source = str(source)
-    if source in PUBLISHED:
-        source = PUBLISHED[source].url
+    source = path = PUBLISHED[source].url if source in PUBLISHED else str(source)
     try:
         if source.startswith("https://"):
-            return torch.hub.load_state_dict_from_url(source, map_location="cpu", check_hash=True, weights_only=True)
-        if source.endswith(".safetensors"):
-            return read_safetensors(source)
+            path = download(source)
+        if path.endswith(".safetensors"):
+            return read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):     # the official code keeps its args in the file
-            return torch.load(source, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights file {source!r}; a path, an https URL or one of "
                                 f"{', '.join(PUBLISHED)} is expected") from None
     except OSError as error:                                             # no network, a folder, no permission
         raise OSError(f"cannot read weights {source!r}: {error}") from None
     except Exception as error:                                           # a damaged file can make torch raise anything
-        reason = (str(error) or type(error).__name__).split("\n")[0][:200]
-        raise ValueError(f"{source!r} is not a checkpoint of tensors and plain values, or is damaged: {reason}") from None
+        where = source if path == source else f"{source} (delete {path} to fetch it again)"
+        raise ValueError(f"{where} is not a checkpoint of tensors and plain values: {why(error)}") from None
+
+
+def why(error):
+    """The useful part of what torch says of a file that it cannot read."""
+    blocked = re.search(r"GLOBAL (\S+)", str(error))
+    if blocked:
+        return f"it holds a {blocked[1]}, which cannot be read without executing code"
+    return str(error).split("\n")[0][:200] if isinstance(error, RuntimeError) else "it is damaged, or of another format"
 
 
 def read_safetensors(path):
@@ -310,20 +335,21 @@ def read_safetensors(path):
 
 
 def find_weights(checkpoint, source, *, ema=False):
-    """The state dict within a checkpoint, under official names; None if there is no DeiT in it.
+    """The state dict within a checkpoint, under official names; None if there is no vision transformer in it.
 
     `ema` takes the averaged weights of a training checkpoint instead of the raw ones.
     """
     if not isinstance(checkpoint, dict):
         return None
-    wrapper = "model_ema" if ema else next((key for key in ("model", "state_dict") if key in checkpoint), None)
-    if ema and checkpoint.get(wrapper) is None:
-        raise ValueError(f"{source!r} holds no averaged (EMA) weights; it was trained without --ema")
-    state = checkpoint[wrapper] if wrapper else checkpoint
-    if not isinstance(state, dict):
-        return None
-    state = official_names({name: value for name, value in state.items() if isinstance(value, torch.Tensor)})
-    return state if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys() else None
+    wrappers = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")
+    state = next((checkpoint[key] for key in wrappers if isinstance(checkpoint.get(key), dict)), None)
+    if ema and state is None:
+        raise ValueError(f"{source} holds no averaged (EMA) weights: leave --ema out")
+    state = checkpoint if state is None else state
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    state = official_names(tensors)
+    needed = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
+    return state if all(name in state and state[name].ndim == ndim for name, ndim in needed.items()) else None
 
 
 def resize_positions(pos_embed, num_tokens, image_size):
@@ -344,39 +370,49 @@ def describe_keys(checkpoint):
     return ", ".join(map(str, keys[:4])) + (", ..." if len(keys) > 4 else "")
 
 
-def load_model(source, *, image_size=None, num_classes=None, drop_path=0.0, ema=False):
-    """A DeiT from a path, an https URL, a published name, or a checkpoint already read. In evaluation mode.
+def check_architecture(state, source):
+    """(size, distilled, image size, classes) of official weights. Raises ValueError for another vision transformer."""
+    dim, distilled, patch_size = state["cls_token"].shape[2], "dist_token" in state, state["patch_embed.proj.weight"].shape[3]
+    size = next((name for name, (width, _) in SIZES.items() if width == dim), None)
+    positions, num_tokens = state["pos_embed"].shape[1], 2 if distilled else 1
+    side, head = math.isqrt(max(0, positions - num_tokens)), state.get("head.weight")
+    problem = (f"its width is {dim} (DeiT: 192, 384 or 768)" if size is None else
+               f"its patches have {patch_size} pixels (DeiT: 16)" if patch_size != PATCH_SIZE else
+               f"it has {positions} positions, which is no square and {num_tokens}" if side < 1 or side**2 + num_tokens != positions else
+               "it has no classifier (head.weight)" if head is None or head.ndim != 2 or not len(head) else
+               "it has a distillation token but no distillation head" if distilled and "head_dist.weight" not in state else None)
+    if problem:
+        raise ValueError(f"{source} is a vision transformer, but no DeiT: {problem}")
+    return size, distilled, side * PATCH_SIZE, len(head)
+
+
+def load_model(source, *, image_size=None, num_classes=None, drop_path=0.0, ema=False, checkpoint=None):
+    """A DeiT from a path, an https URL or a published name; in evaluation mode.
 
     Size, distilled or not, image size and number of classes come from the tensors; the file may be in the official (or
     timm), mmpretrain, Hugging Face or this project's own layout. Loading is strict. `image_size` resizes the position
-    grid; `num_classes`, where it differs from the file's, gives fresh heads and says so. Raises FileNotFoundError or
-    ValueError naming the file and what was wrong with it.
+    grid; `num_classes`, where it differs from the file's, gives fresh heads and says so; `checkpoint` is what
+    read_checkpoint(source) gave, if it was read already. Raises OSError or ValueError naming the source.
     """
-    checkpoint, source = (source, "checkpoint") if isinstance(source, dict) else (read_checkpoint(source), str(source))
+    checkpoint = read_checkpoint(source) if checkpoint is None else checkpoint
     state = find_weights(checkpoint, source, ema=ema)
     if state is None:
-        raise ValueError(f"no DeiT in {source!r}: expected cls_token, pos_embed, patch_embed.proj.weight, ... "
-                         f"(or mmpretrain's or Hugging Face's names for them), found {describe_keys(checkpoint)}")
-    dim, distilled = state["cls_token"].shape[-1], "dist_token" in state
-    size = next((name for name, (width, _) in SIZES.items() if width == dim), None)
-    num_tokens = 2 if distilled else 1
-    side = math.isqrt(max(0, state["pos_embed"].shape[1] - num_tokens))
-    if size is None or state["patch_embed.proj.weight"].shape[-1] != PATCH_SIZE or "head.weight" not in state or (
-            side**2 + num_tokens != state["pos_embed"].shape[1]):
-        raise ValueError(f"{source!r} is a vision transformer, but no DeiT with a classifier: width {dim} (expected 192, "
-                         f"384 or 768), patch {state['patch_embed.proj.weight'].shape[-1]} (16), {len(state)} tensors")
-    model = create_model(size, distilled=distilled, drop_path=drop_path, image_size=image_size or PATCH_SIZE * side,
-                         num_classes=num_classes or len(state["head.weight"]))
-    state["pos_embed"] = resize_positions(state["pos_embed"], num_tokens, model.image_size)
-    if model.num_classes != len(state["head.weight"]):
-        print(f"{source}: fresh head for {model.num_classes} classes in place of the file's {len(state['head.weight'])}")
+        raise ValueError(f"no DeiT in {source}: expected cls_token, pos_embed, patch_embed.proj.weight, ... (or "
+                         f"mmpretrain's or Hugging Face's names for them), found {describe_keys(checkpoint)}")
+    size, distilled, file_image_size, file_classes = check_architecture(state, source)
+    image_size = file_image_size if image_size is None else image_size
+    model = create_model(size, distilled=distilled, drop_path=drop_path, image_size=image_size,
+                         num_classes=file_classes if num_classes is None else num_classes)
+    state["pos_embed"] = resize_positions(state["pos_embed"], len(model.tokens), image_size)
+    if model.num_classes != file_classes:
+        print(f"{source}: fresh head for {model.num_classes} classes in place of the file's {file_classes}")
         heads = ("head", "head_dist") if distilled else ("head",)
         state |= {f"{head}.{name}": value for head in heads for name, value in getattr(model, head).state_dict().items()}
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = "; ".join(line.strip() for line in str(error).split("\n")[1:])[:300]
-        raise ValueError(f"{source!r} does not fit DeiT-{size}{' distilled' if distilled else ''}: {reason}") from None
+        raise ValueError(f"{source} does not fit DeiT-{size}{' distilled' if distilled else ''}: {reason}") from None
     return model.eval()
 
 

@@ -33,7 +33,7 @@ import deit
 import teacher
 
 BATCH_SIZE = 64
-NOISE = 0.15                                                             # points between decoders and precisions, at most
+NOISE = 0.15        # points: the same weights differ by up to 0.146 top-5 between official and timm's published tables
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,6 +54,7 @@ def join_processes():
     are more processes on this machine than GPUs."""
     rank, world_size, local_rank, local_world_size = (int(os.environ.get(name, default)) for name, default in (
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    torch.backends.cudnn.allow_tf32 = False                              # float32 is to mean float32 in convolutions too
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and local_world_size > gpus:
         raise ValueError(f"{local_world_size} processes on a machine with {gpus} GPUs: --nproc_per_node {gpus}")
@@ -88,7 +89,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_errors(program, *mistakes):
-    """Turns a mistake in flags, files or data into one line per machine and exit status 1, without a traceback."""
+    """Turns a mistake in flags, files or data into one line per machine and exit status 1, without a traceback; and so
+    for a process that finds the others gone."""
     try:
         yield
     except mistakes as error:
@@ -97,6 +99,13 @@ def one_line_errors(program, *mistakes):
         reason = str(error).strip().split("\n")[-1]                      # a loader's worker puts its traceback before
         print(f"{program}: {reason.removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except RuntimeError as error:
+        if not dist.is_initialized() or not re.search("connection|peer|timed out|timeout|store", str(error), re.IGNORECASE):
+            raise
+        time.sleep(2)                                                    # let the one that failed speak first
+        print(f"{program}: rank {dist.get_rank()} leaves, another process is gone or stuck: {str(error).splitlines()[0][:150]}",
+              file=sys.stderr, flush=True)
+        os._exit(1)                                                      # a broken process group cannot be taken down
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,9 +156,10 @@ def predict(model, images):
 def evaluate(model, loader, device, *, columns=None, progress=False):
     """{head: Score} over all images of all ranks' loaders (see data.eval_loader); `mean` is the model's own output.
 
-    `columns` says which logit stands for which label, where the data's classes are a part of the model's or in another
-    order; the others are left out. Every batch is filled up to the loader's batch size before the model sees it, since the arithmetic of a matrix
-    product may depend on its shape: an image gets the same logits in whichever batch it comes.
+    `columns` gives the model's class for each of the data's, where those are a part of the model's or in another order;
+    the model's other classes then do not take part. Every batch is filled up to the loader's batch size before the model
+    sees it, since the arithmetic of a matrix product may depend on its shape: an image gets the same logits in whichever
+    batch it comes.
     """
     was_training = model.training
     model.eval()
@@ -182,77 +192,99 @@ class Loaded(NamedTuple):
 
 
 def load_any(source, *, image_size=None, ema=False):
-    """A DeiT or a RegNet from a path, an https URL or a published name."""
-    by_teacher = source == "official" or source in teacher.REGNETS
-    checkpoint = teacher.read_weights(source) if by_teacher else deit.read_checkpoint(source)
-    classes = checkpoint.get("classes") if isinstance(checkpoint, dict) else None
+    """A DeiT or a RegNet from a path, an https URL or a published name. Raises OSError or ValueError naming it."""
+    checkpoint = teacher.read_weights(source) if teacher.weights_url(source) else deit.read_checkpoint(source)
+    content = checkpoint if isinstance(checkpoint, dict) else {}
     if teacher.find_weights(checkpoint):
-        model = teacher.load_regnet(checkpoint)
-        return Loaded(model, image_size or checkpoint.get("recipe", {}).get("image_size", 224), model.fc.out_features, classes)
-    model = deit.load_model(checkpoint, image_size=image_size, ema=ema)
-    return Loaded(model, model.image_size, model.num_classes, classes)
+        if ema and not content.get("model_ema"):
+            raise ValueError(f"{source} holds no averaged (EMA) weights: leave --ema out")
+        model = teacher.load_regnet(source, checkpoint=content | {"model": content["model_ema"]} if ema else content)
+        recipe = content.get("recipe")
+        image_size = image_size or (recipe["image_size"] if isinstance(recipe, dict) else 224)
+        num_classes = model.fc.out_features
+    else:
+        model = deit.load_model(source, checkpoint=checkpoint, image_size=image_size, ema=ema)
+        image_size, num_classes = model.image_size, model.num_classes
+    classes = content.get("classes")
+    named = isinstance(classes, list) and len(classes) == num_classes and all(isinstance(name, str) for name in classes)
+    return Loaded(model, image_size, num_classes, classes if named else None)
 
 
 def are_wordnet_ids(names):
-    return all(re.fullmatch(r"n\d{8}", name) for name in names)
+    return all(re.fullmatch(r"n\d{8}", name, re.ASCII) for name in names)
 
 
-def match_classes(folder, loaded, reference):
-    """For each class folder the model's logit, or None where they are the same in the same order.
+def match_classes(folder, loaded, reference=None):
+    """For each class folder the model's class, or None where they are the same in the same order.
 
-    Names stored in the checkpoint decide. Without them ImageNet's thousand are known by number (folders 0 to 999, as
-    ImageNet-V2 has them) or, for WordNet ids, from `reference`: the class folders of a complete ImageNet. Raises
-    ValueError where the folders cannot be matched, with what to give.
+    Names stored in the checkpoint decide. ImageNet's thousand are also known by number (folders 0 to 999, as ImageNet-V2
+    has them) and, for WordNet ids, from `reference`: the class folders of a complete ImageNet. Raises ValueError where
+    the folders cannot be matched, with what to give.
     """
     known = loaded.classes
-    if not known and are_wordnet_ids(folder) and reference:
+    imagenet = loaded.num_classes == 1000 and (not known or are_wordnet_ids(known))
+    if reference and not known:
         known = data.class_folders(reference)
-        if len(known) != loaded.num_classes:
-            raise ValueError(f"--reference {reference} has {len(known)} class folders and the model {loaded.num_classes} "
-                             "classes: give a complete train/ or val/")
-    if not known and loaded.num_classes == 1000 and all(name.isdigit() and int(name) < 1000 for name in folder):
-        known = [str(number) for number in range(1000)]
-        folder = [str(int(name)) for name in folder]
-    if known and set(folder) <= set(known):
-        return None if folder == known else [known.index(name) for name in folder]
+        if len(known) != loaded.num_classes or not are_wordnet_ids(known):
+            raise ValueError(f"--reference {reference} has {len(known)} class folders ({known[0]}, ...): give a complete train/ or "
+                             f"val/ with the WordNet ids of the model's {loaded.num_classes} classes")
+    if imagenet and all(re.fullmatch(r"\d{1,4}", name, re.ASCII) for name in folder) and (
+            sorted(map(int, folder)) == list(range(1000))):
+        return [int(name) for name in folder]
     if known:
         strange = [name for name in folder if name not in known]
-        raise ValueError(f"the weights are for other classes than the data: {len(strange)} folder(s) unknown to the model, "
-                         f"such as {strange[0]!r}; it knows {known[0]!r}, {known[1]!r}, ...")
+        if strange:
+            raise ValueError(f"the weights are for other classes than the data: {len(strange)} of {len(folder)} folder(s) unknown to "
+                             f"the model, such as {strange[0]!r}; it knows {', '.join(map(repr, known[:2]))}, ...")
+        return None if folder == known else [known.index(name) for name in folder]
     if len(folder) != loaded.num_classes:
-        remedy = ("for a part of ImageNet add --reference DIR, a folder with all 1000 class folders, to know their order"
-                  if are_wordnet_ids(folder) else "give the data it was trained for")
-        raise ValueError(f"the model knows {loaded.num_classes} classes and the data has {len(folder)} ({folder[0]}, ...): "
-                         f"{remedy}")
+        raise ValueError(f"the model knows {loaded.num_classes} classes and the data has {len(folder)}: {missing_advice(folder)}")
     return None
 
 
-def imagenet_notes(split):
+def missing_advice(folder):
+    """What to do about a number of class folders that is not the model's."""
+    others = [name for name in folder if not are_wordnet_ids([name])]
+    if 2 * len(others) > len(folder) or not folder:
+        return f"its folders are {folder[0]}, ...; give the data the model was trained for"
+    if others:
+        return f"{len(others)} folder(s) are not WordNet ids, such as {others[0]!r}: move them away"
+    if len(folder) > 1000:
+        return "this is more than ImageNet-1k: give its 1000 classes"
+    return ("class folders are missing; if this is meant as a part of ImageNet, add --reference DIR, a folder with all 1000 "
+            "class folders, to know their order")
+
+
+def imagenet_notes(split, loaded):
     """What would make the numbers incomparable with published ones: lines to print before a run on 1000 classes."""
     if not isinstance(split.images, data.Folder):
         return []
     notes, counts = [], collections.Counter(split.images.targets)
-    if not are_wordnet_ids(split.classes) and not all(name.isdigit() for name in split.classes):
+    named = are_wordnet_ids(split.classes) or all(name.isdigit() for name in split.classes)
+    if not named and not loaded.classes:
         notes.append(f"class folders are not WordNet ids (n01440764, ...) but {split.classes[0]!r}, ...: ImageNet's order of "
                      "classes is that of the ids, with other names the labels are wrong")
     odd = [label for label in counts if counts[label] != 50]
     if odd:
-        hint = "is this the training set? give val/" if len(split.images) > 100_000 else "it is not the validation set"
+        hint = ("as many as the training set's; give val/, or rename the two if train/ and val/ are swapped"
+                if len(split.images) > 100_000 else "it is not the whole validation set")
         notes.append(f"{len(odd)} of {len(split.classes)} classes do not have 50 images ({split.classes[odd[0]]} has "
                      f"{counts[odd[0]]}): {hint}")
     return notes
 
 
-def verdict(weights, score):
-    """How a result compares with the published one; None if the weights are not published or the data is not ImageNet's
-    50,000 images."""
+def verdict(weights, image_size, crop_ratio, score):
+    """How a result compares with the published one; None if the weights (by name or file name) are not published."""
     names = [name for name, published in deit.PUBLISHED.items()
              if weights == name or os.path.basename(weights) == published.file]
-    if not names or score.images != 50_000:
+    if not names:
         return None
     published = deit.PUBLISHED[names[0]]
     differences = score.top1 - published.top1, score.top5 - published.top5
-    judgement = "within noise" if max(map(abs, differences)) <= NOISE else "not explained by noise: check your data"
+    judgement = (f"not comparable, these are {score.images:,} images and not 50,000" if score.images != 50_000 else
+                 f"not comparable, published at {published.image_size} pixels and crop ratio 0.875"
+                 if (image_size, crop_ratio) != (published.image_size, 0.875) else
+                 "within noise" if max(map(abs, differences)) <= NOISE else "not explained by noise: check your data")
     return (f"published: Acc@1 {published.top1:.3f} Acc@5 {published.top5:.3f}; "
             f"difference {differences[0]:+.3f} {differences[1]:+.3f}: {judgement}")
 
@@ -268,47 +300,53 @@ def class_names(loaded):
     return loaded.classes or [f"class {label}" for label in range(loaded.num_classes)]
 
 
-def attention_figure(model, images, names):
-    """A Pillow image, a row per picture (normalised, (B, 3, S, S)): where its class token, and its distillation token,
-    attend to. "last block" is the mean over heads of the last block's attention; "rollout" (Abnar and Zuidema, 2020)
-    follows it through all blocks, half of each block's input being the residual. Bright is much, relative to the
-    picture's most attended patch."""
+def attention_columns(model, images):
+    """{title: pictures}: where the class token, and the distillation token, of normalised images (B, 3, S, S) attend to.
+
+    "last block" is the mean over heads of the last block's attention; "rollout" (Abnar and Zuidema, 2020) follows it
+    through all blocks, half of each block's output being its input.
+    """
     maps = model.attention_maps(images).mean(dim=2)                                                 # (B, depth, N, N)
     rollout = identity = torch.eye(maps.shape[-1], device=images.device)
     for attention in maps.unbind(dim=1):
         rollout = (attention + identity) / 2 @ rollout
-    columns, titles = [images], ["picture"]
+    columns = {"picture": images}
     for position, token in enumerate(("class", "distillation")[: len(model.tokens)]):
         for name, attention in (("last block", maps[:, -1]), ("rollout", rollout)):
-            columns.append(highlight(images, attention[:, position, len(model.tokens):]))           # (B, patches)
-            titles.append(f"{token}, {name}")
-    return data.draw_grid([column.cpu() for column in columns], titles, names)
+            patches = attention[:, position, len(model.tokens):]                                    # (B, patches)
+            columns[f"{token}, {name}"] = highlight(images, patches)
+    return columns
 
 
 def highlight(images, patches):
-    """Dims each image where its patches (B, patches) have little weight; normalised in, normalised out."""
-    side = math.isqrt(patches.shape[1])
-    weight = (patches / patches.amax(dim=1, keepdim=True)).unflatten(1, (1, side, side))
-    weight = F.interpolate(weight, size=images.shape[-2:], mode="bilinear")                         # (B, 1, S, S)
-    black = data.normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=images.device))
-    return black + (images - black) * (0.08 + 0.92 * weight)
+    """The images in grey, the more yellow the more attention (B, patches) there is: from the least attended patch, none,
+    to the most. Normalised in, normalised out."""
+    side, (mean, std) = math.isqrt(patches.shape[1]), data.mean_and_std(images.device)
+    weight = patches - patches.amin(dim=1, keepdim=True)
+    weight = (weight / weight.amax(dim=1, keepdim=True).clamp(min=1e-12)).unflatten(1, (1, side, side))
+    weight = 0.8 * F.interpolate(weight, size=images.shape[-2:], mode="bilinear")                   # (B, 1, S, S)
+    grey = (images * std + mean).mean(dim=1, keepdim=True)
+    yellow = torch.tensor([1.0, 0.85, 0.0], device=images.device).view(3, 1, 1)
+    return ((1 - weight) * grey + weight * yellow - mean) / std
 
 
 @torch.no_grad()
 def describe_pictures(loaded, paths, device, crop_ratio, attention):
     """Prints the five likeliest classes of each picture; writes the attention figure if a path for it is given."""
-    transform = data.eval_transform(loaded.image_size, crop_ratio=crop_ratio)
-    pixels = torch.stack([transform(data.read_rgb(path)) for path in paths])
-    images, names = data.normalize(pixels.to(device)), class_names(loaded)
-    top = predict(loaded.model, images)["mean"].softmax(dim=1).topk(min(5, loaded.num_classes), dim=1)
-    for path, probabilities, labels in zip(paths, top.values.tolist(), top.indices.tolist()):
-        print(path)
-        for probability, label in zip(probabilities, labels):
-            print(f"  {100 * probability:6.2f} %  {names[label]}")
+    if attention and not isinstance(loaded.model, deit.DeiT):
+        raise ValueError("--attention needs a DeiT; a convnet has no attention to show")
+    transform, names = data.eval_transform(loaded.image_size, crop_ratio=crop_ratio), class_names(loaded)
+    figures = []
+    for path in paths:
+        image = data.normalize(transform(data.read_rgb(path))[None].to(device))
+        probabilities = predict(loaded.model, image)["mean"].softmax(dim=1)[0]
+        top = probabilities.topk(min(5, loaded.num_classes))
+        print(path, *(f"  {100 * value:6.2f} %  {names[label]}" for value, label in zip(*map(torch.Tensor.tolist, top))), sep="\n")
+        if attention:
+            figures.append({title: pictures.cpu() for title, pictures in attention_columns(loaded.model, image).items()})
     if attention:
-        if not isinstance(loaded.model, deit.DeiT):
-            raise ValueError("--attention needs a DeiT; a convnet has no attention to show")
-        attention_figure(loaded.model, images, [os.path.basename(path) for path in paths]).save(attention)
+        columns = [torch.cat([figure[title] for figure in figures]) for title in figures[0]]
+        data.draw_grid(columns, list(figures[0]), [os.path.basename(path) for path in paths]).save(attention, format="PNG")
         print(f"{attention}: attention of {'class and distillation token' if loaded.model.distilled else 'the class token'}")
 
 
@@ -337,8 +375,11 @@ def parse_flags():
         parser.error("give --data DIR to evaluate on, or --image FILE ... to look at")
     if args.data and args.image or args.attention and not args.image:
         parser.error("--data evaluates; --image names single pictures, with --attention as a figure: one or the other")
-    if args.batch_size < 1 or not 0 < args.crop_ratio <= 1 or (args.image_size or 1) < 1 or (args.workers or 0) < 0:
+    if args.batch_size < 1 or args.image_size is not None and args.image_size < 1 or (args.workers or 0) < 0 or (
+            not 0 < args.crop_ratio <= 1):
         parser.error("--batch-size and --image-size must be 1 or more, --crop-ratio above 0 and at most 1, --workers 0 or more")
+    if args.attention and not os.path.isdir(os.path.dirname(args.attention) or "."):
+        parser.error(f"--attention {args.attention}: there is no such folder")
     return args
 
 
@@ -349,12 +390,14 @@ def score(args, loaded, split, place):
     if place.rank == 0:
         parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
         print(f"{args.weights}: {parameters:,} parameters, {loaded.num_classes} classes, image size {loaded.image_size}")
-        print(f"{args.data}: {len(split.images):,} images; short side to {int(loaded.image_size / args.crop_ratio)}, bicubic, "
-              f"centre {loaded.image_size} x {loaded.image_size}")
-        if columns:
+        print(f"{args.data}: {len(split.images):,} images{data.describe_ignored(split)}; short side to {data.short_side(loaded.image_size, args.crop_ratio)}, "
+              f"bicubic, centre {loaded.image_size} x {loaded.image_size}")
+        if columns and len(columns) < loaded.num_classes:
             print(f"the data has {len(columns)} of the model's {loaded.num_classes} classes: matched by name, and the "
                   "choice is among these only")
-        for note in imagenet_notes(split) if loaded.num_classes == 1000 and not columns else []:
+        elif columns:
+            print("the data has the model's classes in another order: matched by name")
+        for note in imagenet_notes(split, loaded) if loaded.num_classes == len(split.classes) == 1000 else []:
             print(f"note: {note}")
     loader = data.eval_loader(split.images, loaded.image_size, crop_ratio=args.crop_ratio, batch_size=args.batch_size,
                               workers=workers, rank=place.rank, world_size=place.world_size)
@@ -362,7 +405,7 @@ def score(args, loaded, split, place):
     if place.rank == 0:
         for head in scores if len(scores) > 1 else ():
             print(f"{head:<13} Acc@1 {scores[head].top1:.3f} Acc@5 {scores[head].top5:.3f} loss {scores[head].loss:.3f}")
-        if line := verdict(args.weights, scores["mean"]):
+        if line := verdict(args.weights, loaded.image_size, args.crop_ratio, scores["mean"]):
             print(line)
         print("* Acc@1 {0.top1:.3f} Acc@5 {0.top5:.3f} loss {0.loss:.3f}".format(scores["mean"]))
 
@@ -376,7 +419,7 @@ def main():
             split = data.open_split(args.data, train=False) if args.data else None
         if args.data:
             score(args, loaded, split, place)
-        else:
+        elif place.rank == 0:
             loaded.model.to(place.device)
             describe_pictures(loaded, args.image, place.device, args.crop_ratio, args.attention)
     if dist.is_initialized():

@@ -82,41 +82,44 @@ def weights_url(source):
 def read_weights(source):
     """What a teacher's file, URL or name holds, read without executing anything in it. Raises FileNotFoundError or
     ValueError naming the source."""
-    url = weights_url(source) or source
+    url = weights_url(str(source)) or str(source)
     try:
         if url.startswith("https://"):
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(url, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no teacher {source!r}: a path, an https URL, official, or a torchvision RegNet such as "
+        raise FileNotFoundError(f"no teacher {source}: a path, an https URL, official, or a torchvision RegNet such as "
                                 "regnet_y_16gf is expected") from None
     except OSError as error:
-        raise OSError(f"cannot read teacher {source!r}: {error}; give a file with --teacher FILE") from None
+        raise OSError(f"cannot read teacher {source}: {error}; give a file with --teacher FILE") from None
     except Exception as error:                                           # a damaged file can make torch raise anything
-        reason = (str(error) or type(error).__name__).split("\n")[0][:200]
-        raise ValueError(f"teacher {source!r} is not a file of tensors and plain values, or is damaged: {reason}") from None
+        reason = str(error).split("\n")[0][:200] if isinstance(error, RuntimeError) else "it is damaged, or of another format"
+        raise ValueError(f"teacher {source} is not a file of tensors and plain values: {reason}") from None
 
 
 def find_weights(checkpoint):
     """The state dict of a RegNet within a checkpoint, under torchvision's names; None if there is none."""
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
-    state = torchvision_names({name: value for name, value in state.items() if isinstance(value, torch.Tensor)})
-    return state if {"stem.0.weight", "fc.weight"} <= state.keys() else None
+    if not isinstance(checkpoint, dict):
+        return None
+    state = next((checkpoint[key] for key in ("model", "state_dict") if isinstance(checkpoint.get(key), dict)), checkpoint)
+    state = torchvision_names({name: value for name, value in state.items()
+                               if isinstance(name, str) and isinstance(value, torch.Tensor)})
+    return state if {"stem.0.weight", "fc.weight"} <= state.keys() and state["fc.weight"].ndim == 2 else None
 
 
-def load_regnet(source, *, num_classes=None):
-    """A RegNet with the weights of `source` (see above, or a checkpoint already read), in evaluation mode.
+def load_regnet(source, *, num_classes=None, checkpoint=None):
+    """A RegNet with the weights of `source` (see above), in evaluation mode.
 
-    `num_classes`, where it differs from the file's, gives a fresh classifier and says so. Raises FileNotFoundError or
-    ValueError naming the source.
+    `num_classes`, where it differs from the file's, gives a fresh classifier and says so; `checkpoint` is what
+    read_weights(source) gave, if it was read already. Raises OSError or ValueError naming the source.
     """
-    checkpoint, source = (source, "checkpoint") if isinstance(source, dict) else (read_weights(str(source)), str(source))
+    checkpoint = read_weights(source) if checkpoint is None else checkpoint
     state = find_weights(checkpoint)
     name = state and next((name for name, width in REGNETS.items() if width == state["fc.weight"].shape[1]), None)
     if name is None:
         keys = ", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"teacher {source!r} is no RegNet of torchvision: expected stem.0.weight, trunk_output..., "
+        raise ValueError(f"{source} is no RegNet of torchvision: expected stem.0.weight, trunk_output..., "
                          f"fc.weight (or timm's names for them), found {keys}")
     model = create_regnet(name, num_classes or len(state["fc.weight"]))
     if model.fc.out_features != len(state["fc.weight"]):
@@ -126,7 +129,7 @@ def load_regnet(source, *, num_classes=None):
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = "; ".join(line.strip() for line in str(error).split("\n")[1:])[:300]
-        raise ValueError(f"teacher {source!r} does not fit {name}: {reason}") from None
+        raise ValueError(f"{source} does not fit {name}: {reason}") from None
     return model.eval()
 
 
@@ -138,15 +141,21 @@ def fold_batch_norm(model):
     return model
 
 
-def load_teacher(source="official", num_classes=1000):
+def load_teacher(source="official", num_classes=1000, classes=None):
     """The frozen teacher, in evaluation mode, without gradients, folded and channels-last: logits (B, K) of images
-    (B, 3, S, S) normalised as the student's. Raises ValueError if it does not know `num_classes` classes."""
+    (B, 3, S, S) normalised as the student's. Raises ValueError if it does not know `num_classes` classes, or if its file
+    names other `classes` or another order."""
     advice = "train one for your classes: python train.py --model regnet_y_16gf --data DIR"
     if weights_url(str(source)) and num_classes != 1000:                 # known before anything is downloaded
-        raise ValueError(f"teacher {source!r} knows ImageNet's 1000 classes and the data has {num_classes}; {advice}")
-    model = load_regnet(source)
+        raise ValueError(f"teacher {source} knows ImageNet's 1000 classes and the data has {num_classes}; {advice}")
+    checkpoint = read_weights(source)
+    model = load_regnet(source, checkpoint=checkpoint)
     if model.fc.out_features != num_classes:
-        raise ValueError(f"teacher {source!r} knows {model.fc.out_features} classes and the data has {num_classes}; {advice}")
+        raise ValueError(f"teacher {source} knows {model.fc.out_features} classes and the data has {num_classes}; {advice}")
+    known = checkpoint.get("classes")
+    if classes and known and list(known) != list(classes):
+        pair = next((a, b) for a, b in zip(known, classes) if a != b)
+        raise ValueError(f"teacher {source} knows other classes: where it has {pair[0]!r}, the data has {pair[1]!r}; {advice}")
     return fold_batch_norm(model.requires_grad_(False)).to(memory_format=torch.channels_last)
 
 
@@ -157,14 +166,15 @@ def main():
     args = parser.parse_args()
     try:
         checkpoint = read_weights(args.source)
-        model = load_regnet(checkpoint)
+        model = load_regnet(args.source, checkpoint=checkpoint)
         state = model.state_dict()
-        names = "torchvision" if find_weights(checkpoint).keys() <= checkpoint.get("model", checkpoint).keys() else "timm"
+        names = "timm" if "stem.conv.weight" in checkpoint.get("model", checkpoint) else "torchvision"
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"{args.source}: {name_of(model)}, {model.fc.out_features} classes, {parameters:,} parameters, "
               f"{names}'s names")
         if args.output:
-            torch.save(state, args.output)
+            with open(args.output, "wb") as file:
+                torch.save(state, file)
             print(f"{args.output}: {len(state)} tensors under torchvision's names")
     except (OSError, ValueError) as error:
         sys.exit(f"teacher.py: {error}")

@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -129,8 +130,14 @@ def make_recipe(typed):
                          "regnet_y_16gf to make a teacher")
     if recipe.distill and not is_deit:
         raise ValueError(f"--distill trains a DeiT, not {recipe.model}: leave it out to make a teacher")
-    if "teacher" in typed and not recipe.distill:
-        raise ValueError(f"--teacher {recipe.teacher} without --distill: add --distill, or leave the teacher out")
+    idle = [name for name in ("teacher", "any_teacher", "alpha", "temperature") if not recipe.distill]
+    idle += ["temperature"] if recipe.distill == "hard" else []
+    idle += ["drop_path"] if not is_deit else []
+    for name in idle:
+        if name in typed and not recipe.resume:
+            raise ValueError(f"--{name.replace('_', '-')} {typed[name]} would do nothing without "
+                             f"{'a DeiT' if name == 'drop_path' else '--distill soft' if recipe.distill else '--distill'}: "
+                             "add that, or leave it out")
     for item in fields(Recipe):
         value, (low, high) = getattr(recipe, item.name), (item.metadata["low"], item.metadata["high"])
         if isinstance(value, (int, float)) and not low <= value <= high:     # not a number (nan) fails too
@@ -138,6 +145,8 @@ def make_recipe(typed):
             raise ValueError(f"--{item.name.replace('_', '-')} {value}: it must be {bounds}")
     if is_deit and recipe.image_size % deit.PATCH_SIZE:
         deit.create_model(recipe.model, image_size=recipe.image_size)    # raises, with the size to use instead
+    if not is_deit and recipe.batch_size < 2:
+        raise ValueError(f"--batch-size {recipe.batch_size}: batch norm needs 2 images or more")
     recipe.alpha = recipe.alpha if recipe.alpha is not None else 0.1 if recipe.distill == "soft" else 0.5
     recipe.mix_group = recipe.mix_group or (64 if recipe.model == "base" else 256)
     return recipe
@@ -190,9 +199,10 @@ def train_epoch(run, place, epoch, progress):
             labels = labels.to(place.device, non_blocking=True)
             images, targets = data.mix(images, labels, indices, len(run.train_split.classes), mixup=recipe.mixup,
                                        cutmix=recipe.cutmix, group=recipe.mix_group)
-            with autocast(recipe.precision, place), gradients_joined(student, part == recipe.accum_steps - 1):
-                teacher_logits = ask(run.teacher, images)
-                terms = objective(student.joined(images), targets, teacher_logits, recipe)
+            with gradients_joined(student, part == recipe.accum_steps - 1):
+                with autocast(recipe.precision, place):
+                    teacher_logits = ask(run.teacher, images)
+                    terms = objective(student.joined(images), targets, teacher_logits, recipe)
                 student.scaler.scale(terms[0] / recipe.accum_steps).backward()
             progress.add(terms)
         student.scaler.unscale_(student.optimizer)
@@ -490,6 +500,8 @@ def notes(recipe):
         if recipe.warmup_epochs != 5:
             lines.append(f"{recipe.warmup_epochs:g} warm-up epochs: on ImageNet a user got 79.2 % with 10, where 5 give 81.8 % "
                          "(facebookresearch/deit, issues 40 and 63)")
+    if recipe.warmup_epochs > recipe.epochs:
+        lines.append(f"the warm-up of {recipe.warmup_epochs:g} epochs is longer than the run: the rate never reaches its peak")
     if recipe.min_lr > recipe.lr * recipe.batch_size / 512:
         lines.append(f"the learning rate ends at --min-lr {recipe.min_lr:g}, above its peak")
     return lines
@@ -528,7 +540,8 @@ def banner(run, place, folder, teacher_score):
 def validate(student, loader, place):
     """{head: Score} of the raw weights, and with ema_ before the head's name those of the averaged ones."""
     if dist.is_initialized():
-        for buffer in student.model.buffers():                           # batch statistics are the first rank's
+        average = student.average.module.buffers() if student.average else ()
+        for buffer in (*student.model.buffers(), *average):              # batch statistics are the first rank's
             dist.broadcast(buffer, 0)
     scores = evaluate(student.model, loader, place.device)
     if student.average:
@@ -542,8 +555,9 @@ def describe_epoch(epoch, recipe, steps, terms, scores):
     record = {"epoch": epoch, "step": (epoch + 1) * steps, "lr": learning_rate(recipe, epoch + (steps - 1) / steps)}
     record |= {f"train_{name}": value for name, value in terms.items()}
     for head, score in scores.items():
-        prefix = head.replace("mean", "") + "_" if head != "mean" else ""
-        record |= {f"{prefix}top1": score.top1, f"{prefix}top5": score.top5, f"{prefix}loss": score.loss}
+        prefix = head.replace("mean", "").rstrip("_")
+        for name in ("top1", "top5", "loss"):
+            record[f"{prefix}_{name}".lstrip("_")] = getattr(score, name)
     return record
 
 
@@ -560,8 +574,9 @@ class Run(NamedTuple):
     workers: int
 
 
-def prepare(recipe, place):
-    """Builds the run. Raises ValueError or OSError, in seconds, for whatever would stop it later."""
+def prepare(recipe, place, folder):
+    """Builds the run. Raises ValueError or OSError, in seconds, for whatever would stop it later; only then, where the
+    demo is to be distilled, its teacher is trained."""
     recipe = replace(recipe, precision=choose_precision(recipe.precision, place))
     workers = usable_cpus() // place.local_world_size if recipe.workers is None else recipe.workers
     local_batch = split_batch(recipe, place)
@@ -570,10 +585,14 @@ def prepare(recipe, place):
         sampler = data.RepeatedAugSampler(
             len(train_split.images), place.rank, place.world_size, batch_size=local_batch,
             accum_steps=recipe.accum_steps, repeats=recipe.repeats, seed=recipe.seed)
+        model = build_model(recipe, len(train_split.classes))
+    if recipe.distill and recipe.data == "demo" and recipe.teacher == "official":
+        recipe = replace(recipe, teacher=make_demo_teacher(recipe, place, folder))
+    with one_per_machine_first(place):
         teacher_model = None
         if recipe.distill:
-            teacher_model = teacher.load_teacher(recipe.teacher, len(train_split.classes)).to(place.device)
-        model = build_model(recipe, len(train_split.classes))
+            teacher_model = teacher.load_teacher(recipe.teacher, len(train_split.classes), train_split.classes)
+            teacher_model.to(place.device)
     student = build_student(model, recipe, place)
     loader = data.train_loader(train_split.images, sampler, recipe.image_size, rand_augment=recipe.rand_augment,
                                erasing=recipe.erasing, seed=recipe.seed, workers=workers)
@@ -582,13 +601,40 @@ def prepare(recipe, place):
     return Run(recipe, student, teacher_model, train_split, val_split, sampler, loader, val_loader, workers)
 
 
+def make_demo_teacher(recipe, place, folder):
+    """Trains the demo's teacher by the same loop, or goes on with it; returns its file."""
+    own = {name: getattr(recipe, name) for name in ("seed", "workers", "precision")}
+    batch_size = math.ceil(DEMO_TEACHER["batch_size"] / place.world_size) * place.world_size
+    if place.rank == 0:
+        print("first a teacher for the demo's classes:", flush=True)
+    train(make_recipe(DEMO_TEACHER | own | {"data": "demo", "batch_size": batch_size}), place, folder / "teacher",
+          read_last(folder / "teacher"))
+    if place.rank == 0:
+        print("\nthen the student:", flush=True)
+    return str(folder / "teacher" / "best.pth")
+
+
+def check_same_run(state, checkpoint, run, place):
+    """Raises ValueError unless the checkpoint is of this data, and every rank has read the same one."""
+    if checkpoint["classes"] != run.train_split.classes or state["images"] != len(run.train_split.images):
+        raise ValueError(f"the run to resume was on {state['images']:,} images of {len(checkpoint['classes'])} classes, and "
+                         f"{run.recipe.data} now has {len(run.train_split.images):,} of {len(run.train_split.classes)}, or other "
+                         "names: give the same data")
+    steps = torch.tensor([state["step"], -state["step"]], device=place.device)
+    if place.world_size > 1:
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            raise ValueError("the processes see different checkpoints: --output must be a folder that all machines share")
+
+
 def train(recipe, place, folder, checkpoint=None):
-    """Trains into the folder, from a checkpoint of the same run on if there is one; returns the log's last record."""
+    """Trains into the folder, from a checkpoint of the same run on if there is one; returns the state at the end."""
     with one_line_errors("train.py", OSError, ValueError, data.BadImage):
-        run = prepare(recipe, place)
+        run = prepare(recipe, place, folder)
         recipe, student, sampler = run.recipe, run.student, run.sampler
-        state = {"step": 0, "log": [], "best": -1.0, "epoch_sums": None}
+        state = {"step": 0, "log": [], "best": -1.0, "epoch_sums": None, "images": len(run.train_split.images)}
         if checkpoint:
+            check_same_run(checkpoint["state"], checkpoint, run, place)
             restore(student, checkpoint)
             state = checkpoint["state"]
         if place.rank == 0:
@@ -608,11 +654,13 @@ def train(recipe, place, folder, checkpoint=None):
         if progress.stopping:
             leave(progress, folder)
 
-    for epoch in range(state["step"] // sampler.steps, recipe.epochs):
+    unfinished = state["epoch_sums"] is not None                         # an epoch whose end is still to be validated
+    for epoch in range((state["step"] - unfinished) // sampler.steps, recipe.epochs):
         start = epoch * sampler.steps
         sampler.set_epoch(epoch, first_step=max(0, state["step"] - start))
         for step in train_epoch(run, place, epoch, progress):
             save_run(start + step, progress.epoch_sums.tolist())
+        save_run(start + sampler.steps, progress.epoch_sums.tolist())    # validation takes time in which much can happen
         terms = dict(zip(progress.terms, (progress.epoch_sums / sampler.steps).tolist()))
         record = describe_epoch(epoch, recipe, sampler.steps, terms, validate(student, run.val_loader, place))
         progress.end_epoch(record)
@@ -624,14 +672,16 @@ def train(recipe, place, folder, checkpoint=None):
         state["best"] = max(state["best"], record["top1"])
         save_run(start + sampler.steps, None)
     progress.close()
-    return state["log"][-1]
+    return state
 
 
 def leave(progress, folder):
     """Ends a run that got SIGTERM or SIGINT, after it was saved; every rank comes here in the same step."""
     progress.close()
     if progress.place.rank == 0:
-        print(f"stopped by a signal, saved in {folder / 'last.pth'}; to go on: add --resume --output {folder}", flush=True)
+        run_folder = folder.parent if folder.name == "teacher" else folder
+        print(f"stopped by a signal, saved in {folder / 'last.pth'}; to go on: the same command with --resume --output "
+              f"{shlex.quote(str(run_folder))}", flush=True)
     if dist.is_initialized():
         dist.barrier()
     sys.exit(128 + (progress.signal or signal.SIGTERM))
@@ -689,21 +739,10 @@ def saved_recipe(typed, checkpoint):
     free = ("resume", "output", "data", "teacher", "any_teacher", "workers", "accum_steps", "compile")
     saved = {item.name: checkpoint["recipe"].get(item.name, item.default) for item in fields(Recipe)}
     for name, value in typed.items():
-        if name not in free and saved[name] != value:
+        if name not in free and value not in (saved[name], "auto"):
             raise ValueError(f"--{name.replace('_', '-')} {value}, but the run to resume has {saved[name]}: leave the flag "
                              "out, or start a new run with another --output")
     return Recipe(**saved | {name: typed[name] for name in free if name in typed})
-
-
-def make_demo_teacher(typed, place, folder):
-    """Trains the demo's teacher, or goes on with it, by the same loop; returns its file."""
-    own = {name: typed[name] for name in ("seed", "workers", "precision") if name in typed}
-    with one_line_errors("train.py", OSError, ValueError):
-        checkpoint = read_last(folder)
-    if place.rank == 0:
-        print("first a teacher for the demo's classes:", flush=True)
-    train(make_recipe(DEMO_TEACHER | own | {"data": "demo"}), place, folder, checkpoint)
-    return str(folder / "best.pth")
 
 
 def main():
@@ -711,30 +750,31 @@ def main():
     with one_line_errors("train.py", OSError, ValueError):
         recipe = make_recipe(typed)
         place = join_processes()
-        if "data" not in typed and recipe.data == "demo" and place.rank == 0:
+        folder = find_folder(recipe, place)
+    try:
+        with one_line_errors("train.py", OSError, ValueError):
+            checkpoint = read_last(folder)
+            if resuming(recipe):
+                if recipe.resume and not checkpoint and not (recipe.distill and (folder / "teacher" / "last.pth").exists()):
+                    raise ValueError(f"nothing to resume: no {folder / 'last.pth'}; type the whole command of the run, or leave "
+                                     "--resume out to start")
+            elif any((folder / name).exists() for name in ("last.pth", "best.pth", "log.jsonl")):
+                raise ValueError(f"{folder} holds a run already: --resume goes on with it, another --output starts a new one")
+            recipe = saved_recipe(typed, checkpoint) if checkpoint else recipe
+        if place.rank == 0 and recipe.data == "demo" and "data" not in typed and not checkpoint:
             print("NO --data AND NO ./imagenet HERE: training on the built-in demo, ten kinds of patterns drawn on the fly.\n"
                   "For your own images: --data DIR, a folder with train/ and val/.", flush=True)
-        folder = find_folder(recipe, place)
-        checkpoint = read_last(folder)
-        if checkpoint and not resuming(recipe):
-            raise ValueError(f"{folder} holds a run already: --resume goes on with it, another --output starts a new one")
-        if recipe.resume and not checkpoint and not (folder / "teacher").is_dir():
-            raise ValueError(f"nothing to resume: no {folder / 'last.pth'}; leave --resume out, or name the run by --output")
-        recipe = saved_recipe(typed, checkpoint) if checkpoint else recipe
-    try:
         with one_line_errors("train.py", OSError, data.BadImage):
-            if recipe.distill and recipe.data == "demo" and recipe.teacher == "official":
-                recipe.teacher = make_demo_teacher(typed, place, folder / "teacher")
-                if place.rank == 0:
-                    print("\nthen the student:", flush=True)
-            record = train(recipe, place, folder, checkpoint)
-    except SystemExit:
+            state = train(recipe, place, folder, checkpoint)
+    except (SystemExit, KeyboardInterrupt) as error:
         with contextlib.suppress(OSError):
             folder.rmdir()                                               # a run that could not start leaves nothing
-        raise
+        sys.exit(error.code if isinstance(error, SystemExit) else 128 + signal.SIGINT)
     if place.rank == 0:
-        print(f"done: top-1 {record['top1']:.2f}, top-5 {record['top5']:.2f} after {recipe.epochs} epochs\n"
-              f"python evaluate.py --weights {folder / 'best.pth'} --data {recipe.data}")
+        last, best = state["log"][-1], max(state["log"], key=lambda record: record["top1"])
+        print(f"done: top-1 {last['top1']:.2f}, top-5 {last['top5']:.2f} after {recipe.epochs} epochs; best top-1 "
+              f"{best['top1']:.2f} in epoch {best['epoch']}\n"
+              f"python evaluate.py --weights {shlex.quote(str(folder / 'best.pth'))} --data {shlex.quote(recipe.data)}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """The model against timm, transformers and the published numbers."""
 import argparse
+import pathlib
 import pickle
 import sys
 
@@ -242,15 +243,15 @@ def test_positions_at_another_size_are_timms_without_antialias():
     reference = timm_model("tiny", True)
     state = reference.state_dict()
     resized = timm.layers.resample_abs_pos_embed(state["pos_embed"], (24, 24), num_prefix_tokens=2, antialias=False)
-    model = deit.load_model({"model": dict(state)}, image_size=384)
+    model = deit.load_model("file", checkpoint={"model": dict(state)}, image_size=384)
     assert torch.allclose(model.pos_embed, resized, atol=1e-6)
-    assert torch.equal(deit.load_model({"model": dict(state)}, image_size=224).pos_embed, state["pos_embed"])
+    assert torch.equal(deit.load_model("file", checkpoint={"model": dict(state)}, image_size=224).pos_embed, state["pos_embed"])
 
 
 def test_a_fresh_head_is_made_only_when_asked_for_and_said(capsys):
     state = timm_model("tiny", True).state_dict()
-    assert deit.load_model(dict(state)).num_classes == 1000 and capsys.readouterr().out == ""
-    model = deit.load_model(dict(state), num_classes=7)
+    assert deit.load_model("file", checkpoint=dict(state)).num_classes == 1000 and capsys.readouterr().out == ""
+    model = deit.load_model("file", checkpoint=dict(state), num_classes=7)
     assert model.head.out_features == model.head_dist.out_features == 7
     assert "fresh head for 7 classes in place of the file's 1000" in capsys.readouterr().out
 
@@ -259,13 +260,17 @@ def test_a_fresh_head_is_made_only_when_asked_for_and_said(capsys):
     (lambda state: state.pop("blocks.3.attn.qkv.bias"), "blocks.3.attn.qkv.bias"),
     (lambda state: state.update(extra=torch.zeros(1)), "extra"),
     (lambda state: state.update({"norm.weight": torch.zeros(3)}), "norm.weight"),
-    (lambda state: state.pop("head.weight"), "no DeiT with a classifier"),
+    (lambda state: state.pop("head.weight"), "no DeiT: it has no classifier"),
+    (lambda state: state.update({"module.norm.weight": torch.zeros(192)}), "two tensors for 'norm.weight'"),
+    (lambda state: state.update(pos_embed=torch.zeros(1, 190, 192)), "190 positions, which is no square and 1"),
+    (lambda state: state.update(dist_token=torch.zeros(1, 1, 192), pos_embed=torch.zeros(1, 198, 192)), "no distillation head"),
+    (lambda state: state.update(pos_embed=torch.zeros(1, 197)), "found cls_token"),
     (lambda state: state.pop("pos_embed"), "found cls_token")])
 def test_nothing_is_loaded_loosely(change, message):
     state = dict(timm_model("tiny", False).state_dict())
     change(state)
     with pytest.raises(ValueError, match=message):
-        deit.load_model(state)
+        deit.load_model("file", checkpoint=state)
 
 
 @torch.no_grad()
@@ -277,6 +282,22 @@ def test_a_published_name_is_its_file_in_torch_hubs_cache(tmp_path, monkeypatch)
     assert_same(deit.load_model("tiny-distilled")(images()), reference(images()))
 
 
+def test_two_urls_with_one_file_name_are_two_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, hash_prefix: open(path, "w").write(url))
+    paths = [deit.download(f"https://example.org/{name}/pytorch_model.bin") for name in ("a", "b", "a")]
+    assert paths[0] == paths[2] != paths[1] and [open(path).read()[20:21] for path in paths] == ["a", "b", "a"]
+
+
+def test_what_blocks_a_file_is_named(tmp_path):
+    torch.save({"model": {}, "when": pathlib.PurePosixPath("x")}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights.pth is not a checkpoint .*: it holds a pathlib\S*PurePosixPath, which"):
+        deit.load_model(tmp_path / "weights.pth")
+    torch.save([1, 2, 3], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="no DeiT in .*list.pth: .* found list"):
+        deit.load_model(tmp_path / "list.pth")
+
+
 def test_a_download_is_checked_against_the_hash_in_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     asked = []
@@ -286,7 +307,7 @@ def test_a_download_is_checked_against_the_hash_in_its_name(tmp_path, monkeypatc
         raise RuntimeError(f'invalid hash value (expected "{hash_prefix}", got "0123")')
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with pytest.raises(ValueError, match="'https://.*' is not a checkpoint .* invalid hash value"):
+    with pytest.raises(ValueError, match="https://.* is not a checkpoint .* invalid hash value"):
         deit.load_model("base-384")
     assert asked == [("https://dl.fbaipublicfiles.com/deit/deit_base_patch16_384-8de9b5d1.pth", "8de9b5d1")]
 

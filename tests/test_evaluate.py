@@ -50,7 +50,7 @@ def test_numbers_equal_an_independent_loops_on_one_two_and_three_processes(weigh
     assert outputs[0] == outputs[1] == outputs[2]                        # 15 images: 8 + 7, and 5 + 5 + 5
     assert outputs[0][-1] == f"* Acc@1 {top1:.3f} Acc@5 100.000 loss {loss:.3f}"
     assert [line.split()[0] for line in outputs[0][-4:-1]] == ["class", "distillation", "mean"]
-    assert any("15 images; short side to 36" in line for line in outputs[0])
+    assert any("15 images; short side to 32, bicubic, centre 32 x 32" in line for line in outputs[0])
     assert outputs[0][-2].split()[1:] == outputs[0][-1].split()[1:]
 
 
@@ -61,7 +61,7 @@ def test_the_val_folder_itself_gives_the_same(weights, shared_folder):
 
 
 class Constant(torch.nn.Module):
-    """Logits that make each score easy to count: the class in the red channel's first pixel, undecided by `margin`."""
+    """Logits that are easy to follow: the first ten red pixels."""
 
     def forward(self, images):
         return images[:, 0, 0, :10].contiguous()
@@ -103,7 +103,7 @@ def evaluate_in_process(monkeypatch, capsys, *args):
 
 @pytest.mark.parametrize("args, message", [
     (["--weights", "{weights}", "--data", "absent"], "no dataset 'absent'"),
-    (["--weights", "{weights}", "--data", "demo"], "the weights are for other classes than the data: 10 folder(s) unknown"),
+    (["--weights", "{weights}", "--data", "demo"], "the weights are for other classes than the data: 10 of 10 folder(s) unknown"),
     (["--weights", "{text}", "--data", "{data}"], "is not a checkpoint"),
     (["--weights", "absent.pth", "--data", "{data}"], "no weights file 'absent.pth'"),
     (["--weights", "{weights}", "--data", "{data}", "--image-size", "33"], "try 32"),
@@ -126,7 +126,7 @@ def test_other_class_names_are_refused(weights, tmp_path, monkeypatch, capsys):
         (tmp_path / "val" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "val" / name / "1.png")
     status, printed = evaluate_in_process(monkeypatch, capsys, "--weights", weights, "--data", tmp_path)
-    assert status == 1 and "1 folder(s) unknown to the model, such as 'pig'; it knows 'cat'" in printed
+    assert status == 1 and "1 of 3 folder(s) unknown to the model, such as 'pig'; it knows 'cat'" in printed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_numbered_folders_are_imagenets_labels_in_their_own_order():
 
 def test_an_incomplete_reference_is_refused(tmp_path):
     (tmp_path / WORDNET_IDS[0]).mkdir()
-    with pytest.raises(ValueError, match="has 1 class folders and the model 1000"):
+    with pytest.raises(ValueError, match="has 1 class folders .*: give a complete"):
         evaluate.match_classes(WORDNET_IDS[:5], imagenet_model(), str(tmp_path))
 
 
@@ -180,20 +180,106 @@ def test_a_part_of_the_classes_is_evaluated_by_the_command_line(weights, shared_
     assert "the data has 2 of the model's 3 classes: matched by name" in output and "10 images" in output
 
 
-@pytest.mark.parametrize("top1, images, expected", [
-    (74.40, 50_000, "difference -0.076 +0.000: within noise"), (60.0, 50_000, "check your data"), (74.4, 49_999, None)])
-def test_published_weights_are_compared_with_what_was_published(top1, images, expected):
+@pytest.mark.parametrize("top1, images, size, expected", [
+    (74.40, 50_000, 224, "difference -0.076 +0.000: within noise"), (60.0, 50_000, 224, "check your data"),
+    (74.4, 49_999, 224, "not comparable, these are 49,999 images"), (74.4, 50_000, 384, "not comparable, published at 224")])
+def test_published_weights_are_compared_with_what_was_published(top1, images, size, expected):
     score = evaluate.Score(images, round(top1 * images / 100), round(0.9192 * images), 0, 0)
     for weights in ("tiny-distilled", "some/where/deit_tiny_distilled_patch16_224-b40b3cf7.pth"):
-        line = evaluate.verdict(weights, score)
-        assert line is None if expected is None else expected in line
-    assert evaluate.verdict("mine.pth", score) is None
+        assert expected in evaluate.verdict(weights, size, 0.875, score)
+    assert evaluate.verdict("mine.pth", size, 0.875, score) is None
 
 
 def test_a_folder_that_is_not_the_validation_set_is_noted(shared_folder):
-    notes = evaluate.imagenet_notes(data.open_split(shared_folder, train=False))
+    split = data.open_split(shared_folder, train=False)
+    notes = evaluate.imagenet_notes(split, imagenet_model())
     assert "not WordNet ids (n01440764, ...) but 'cat'" in notes[0]
-    assert "3 of 3 classes do not have 50 images (cat has 5): it is not the validation set" in notes[1]
+    assert "3 of 3 classes do not have 50 images (cat has 5): it is not the whole validation set" in notes[1]
+    assert len(evaluate.imagenet_notes(split, imagenet_model(split.classes))) == 1       # matched by name: no first note
+
+
+@pytest.mark.parametrize("folder, message", [
+    (WORDNET_IDS + ["misc"], "1 folder\\(s\\) are not WordNet ids, such as 'misc': move them away"),
+    (WORDNET_IDS[1:], "class folders are missing"), (["1", "2", "102"], "give the data the model was trained for"),
+    (WORDNET_IDS + ["n09999999"], "more than ImageNet-1k")])
+def test_missing_and_extra_class_folders_are_told_apart(folder, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.match_classes(sorted(folder), imagenet_model())
+
+
+@pytest.fixture(scope="module")
+def imagenet_like(tmp_path_factory):
+    """A published file's name on random weights, and 1,000 class folders of one 8 x 8 picture."""
+    place = tmp_path_factory.mktemp("imagenet")
+    torch.manual_seed(0)
+    weights = place / "deit_tiny_patch16_224-a1311bcf.pth"
+    model, average = (deit.create_model("tiny", image_size=32).state_dict() for _ in range(2))
+    torch.save({"model": model, "model_ema": average}, weights)
+    for name in WORDNET_IDS:
+        (place / "val" / name).mkdir(parents=True)
+        pixels = np.random.default_rng(int(name[1:])).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / "val" / name / "1.png")
+    return weights, place / "val"
+
+
+def run_in_process(monkeypatch, capsys, *args):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, args)])
+    evaluate.main()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_every_flag_of_evaluate_does_what_it_says(imagenet_like, tmp_path, monkeypatch, capsys):
+    weights, val = imagenet_like
+    (tmp_path / "val").mkdir()
+    for name in WORDNET_IDS[5:25]:
+        (tmp_path / "val" / name).symlink_to(val / name)
+    whole = run_in_process(monkeypatch, capsys, "--weights", weights, "--data", val, "--workers", 0)
+    assert any(line.startswith("note: 1000 of 1000 classes do not have 50 images") for line in whole)
+    assert whole[-2].startswith("published: Acc@1 72.202 Acc@5 91.124; difference -") and "1,000 images" in whole[-2]
+    part = run_in_process(monkeypatch, capsys, "--weights", weights, "--data", tmp_path, "--reference", val, "--workers", 0)
+    assert any("the data has 20 of the model's 1000 classes" in line for line in part)
+    averaged = run_in_process(monkeypatch, capsys, "--weights", weights, "--data", val, "--workers", 0, "--ema")
+    assert averaged[-1] != whole[-1]
+    larger = [run_in_process(monkeypatch, capsys, "--weights", weights, "--data", tmp_path, "--reference", val, "--workers", 0,
+                             "--image-size", 48, "--crop-ratio", ratio) for ratio in (0.875, 0.5)]
+    assert "short side to 54" in larger[0][1] and "short side to 96" in larger[1][1] and larger[0][-1] != larger[1][-1]
+
+
+def test_whole_folder_numbers_equal_an_independent_loops_where_the_picture_is_cut(tmp_path):
+    reference = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=2, img_size=96).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    torch.save(reference.state_dict(), tmp_path / "timm.pth")
+    chain = timm.data.create_transform(96, is_training=False, crop_pct=0.875, interpolation="bicubic")
+    rng, hits, losses = np.random.default_rng(0), [], []
+    for n in range(10):
+        path = tmp_path / "val" / "ab"[n % 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (90 + 9 * n, 170 - 7 * n, 3), dtype=np.uint8)).save(path)
+        with torch.no_grad():
+            logits = reference(chain(Image.open(path).convert("RGB"))[None])
+        hits.append(int(logits.argmax()) == n % 2)
+        losses.append(F.cross_entropy(logits, torch.tensor([n % 2])).item())
+    output = run_script("evaluate.py", "--weights", tmp_path / "timm.pth", "--data", tmp_path, "--workers", 1, processes=2).stdout
+    assert output.splitlines()[-1] == f"* Acc@1 {100 * np.mean(hits):.3f} Acc@5 100.000 loss {np.mean(losses):.3f}"
+
+
+def test_one_process_per_machine_goes_first(monkeypatch):
+    order = []
+    monkeypatch.setattr(evaluate.dist, "barrier", lambda: order.append("barrier"))
+    for local_rank in (0, 1):
+        order.append(f"process {local_rank}")
+        with evaluate.one_per_machine_first(evaluate.Place(torch.device("cpu"), local_rank, 2, local_rank, 2)):
+            order.append("download")
+    assert order == ["process 0", "download", "barrier", "process 1", "barrier", "download"]
+
+
+def test_averaged_weights_of_a_regnet_are_evaluated_when_asked_for(tmp_path):
+    states = [evaluate.teacher.create_regnet("regnet_x_400mf", 3).state_dict() for _ in range(2)]
+    torch.save({"model": states[0], "model_ema": states[1]}, tmp_path / "teacher.pth")
+    for ema, state in zip((False, True), states):
+        assert torch.equal(evaluate.load_any(str(tmp_path / "teacher.pth"), ema=ema).model.fc.weight, state["fc.weight"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +323,7 @@ def test_rollout_and_last_block_are_what_the_figure_shows(weights, monkeypatch):
     monkeypatch.setattr(evaluate, "highlight", lambda images, patches: shown.append(patches) or images)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        figure = evaluate.attention_figure(model, images, ["one", "two"])
+        columns = evaluate.attention_columns(model, images)
         maps = model.attention_maps(images).double().numpy()
     for n in range(2):
         rollout = np.eye(6)
@@ -246,16 +332,17 @@ def test_rollout_and_last_block_are_what_the_figure_shows(weights, monkeypatch):
             rollout = (mixed / mixed.sum(axis=1, keepdims=True)) @ rollout
         expected = [maps[n, -1].mean(0)[0, 2:], rollout[0, 2:], maps[n, -1].mean(0)[1, 2:], rollout[1, 2:]]
         assert all(np.allclose(ours[n], theirs, atol=1e-5) for ours, theirs in zip(shown, expected, strict=True))
-    assert figure.width > figure.height > 300
+    assert list(columns) == ["picture", "class, last block", "class, rollout", "distillation, last block", "distillation, rollout"]
 
 
-def test_the_figure_is_brightest_where_the_attention_is():
+def test_the_figure_is_yellow_where_the_attention_is_and_grey_where_it_is_least():
     images = data.normalize(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8))
-    patches = torch.tensor([[0.1] * 10 + [0.9] + [0.1] * 5])              # row 2, column 2 of 4 x 4
-    brightness = evaluate.highlight(images, patches)[0].mean(dim=0)
-    row, column = divmod(int(brightness.argmax()), 64)
-    assert (row // 16, column // 16) == (2, 2)
-    assert math.isclose(brightness.max(), images.mean(), rel_tol=0.1)  # between two patches' centres
+    patches = torch.tensor([[0.1] * 10 + [0.9] + [0.1] * 5])             # row 2, column 2 of 4 x 4
+    mean, std = data.mean_and_std(torch.device("cpu"))
+    red, _, blue = (evaluate.highlight(images, patches)[0] * std + mean).unbind()
+    row, column = divmod(int((red - blue).argmax()), 64)
+    assert (row // 16, column // 16) == (2, 2) and (red - blue)[row, column] > 0.6
+    assert torch.allclose(red[:24, :24], blue[:24, :24], atol=1e-6)
 
 
 def test_the_attention_figure_is_written_by_the_command_line(weights, shared_folder, tmp_path):

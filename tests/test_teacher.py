@@ -28,14 +28,20 @@ def official():
 
 
 @pytest.fixture(scope="module")
+def official_file(official, tmp_path_factory):
+    path = tmp_path_factory.mktemp("official") / "regnety_160.pth"
+    torch.save({"model": official.state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def images():
     return torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def test_the_official_file_becomes_torchvisions_regnet_with_equal_logits(official, images, tmp_path):
-    torch.save({"model": official.state_dict()}, tmp_path / "regnety_160.pth")
-    model = teacher.load_regnet(tmp_path / "regnety_160.pth")
+def test_the_official_file_becomes_torchvisions_regnet_with_equal_logits(official, official_file, images):
+    model = teacher.load_regnet(official_file)
     assert model.state_dict().keys() == models.regnet_y_16gf(weights=None).state_dict().keys()
     reference = official(images)
     assert reference.abs().max() > 0.5
@@ -43,22 +49,22 @@ def test_the_official_file_becomes_torchvisions_regnet_with_equal_logits(officia
 
 
 @torch.no_grad()
-def test_the_folded_teacher_computes_the_same_function(official, images):
-    folded = teacher.load_teacher({"model": official.state_dict()})
+def test_the_folded_teacher_computes_the_same_function(official, official_file, images):
+    folded = teacher.load_teacher(official_file)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     reference = official(images)
     assert torch.allclose(folded(images), reference, rtol=1e-4, atol=1e-4 * reference.abs().max().item())
 
 
-def test_the_teacher_is_frozen(official):
-    model = teacher.load_teacher({"model": official.state_dict()})
+def test_the_teacher_is_frozen(official_file):
+    model = teacher.load_teacher(official_file)
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["regnet_y_400mf", "regnet_x_800mf", "regnet_y_3_2gf"])
 def test_the_architecture_is_read_from_the_tensors(name):
     model = models.get_model(name, weights=None, num_classes=10)
-    loaded = teacher.load_regnet({"model": model.state_dict(), "classes": list("0123456789")})
+    loaded = teacher.load_regnet("file", checkpoint={"model": model.state_dict(), "classes": list("0123456789")})
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
 
 
@@ -78,17 +84,17 @@ def test_names_lead_to_the_documented_files():
         teacher.weights_url("regnet_y_128gf")
 
 
-def test_a_teacher_of_other_classes_is_refused_with_the_remedy():
-    state = models.regnet_y_400mf(weights=None, num_classes=7).state_dict()
+def test_a_teacher_of_other_classes_is_refused_with_the_remedy(tmp_path):
+    torch.save(models.regnet_y_400mf(weights=None, num_classes=7).state_dict(), tmp_path / "seven.pth")
     with pytest.raises(ValueError, match="knows 7 classes and the data has 10; train one"):
-        teacher.load_teacher({"model": state}, num_classes=10)
+        teacher.load_teacher(tmp_path / "seven.pth", num_classes=10)
     with pytest.raises(ValueError, match="knows ImageNet's 1000 classes and the data has 10; train one"):
         teacher.load_teacher("official", num_classes=10)                 # refused before any download
 
 
 def test_a_fresh_classifier_is_said(capsys):
     state = models.regnet_y_400mf(weights=None, num_classes=7).state_dict()
-    assert teacher.load_regnet({"model": state}, num_classes=3).fc.out_features == 3
+    assert teacher.load_regnet("file", checkpoint={"model": state}, num_classes=3).fc.out_features == 3
     assert "fresh classifier for 3 classes in place of the file's 7" in capsys.readouterr().out
 
 

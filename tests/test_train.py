@@ -13,7 +13,7 @@ import data
 import deit
 import evaluate
 import train
-from conftest import ROOT, run_script
+from conftest import run_script
 
 CPU = evaluate.Place(torch.device("cpu"), 0, 1, 0, 1)
 
@@ -89,7 +89,7 @@ class Spy(nn.Module):
 def one_epoch(folder, tmp_path, teacher_model=None, **changes):
     recipe = train.make_recipe({"data": str(folder), "image_size": 32, "batch_size": 16, "workers": 0} | changes)
     torch.manual_seed(0)
-    run = train.prepare(train.replace(recipe, distill=None), CPU)
+    run = train.prepare(train.replace(recipe, distill=None), CPU, tmp_path)
     if recipe.distill:
         model = deit.create_model("tiny", distilled=True, image_size=32, num_classes=3)
         run = run._replace(student=train.build_student(model, recipe, CPU), teacher=teacher_model, recipe=recipe)
@@ -266,13 +266,17 @@ def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(sha
     (["--data", "{data}", "--distill"], "knows ImageNet's 1000 classes and the data has 3; train one"),
     (["--data", "{data}", "--distill", "--teacher", "{wrong}"], "knows 7 classes and the data has 3; train one"),
     (["--data", "{data}", "--distill", "--teacher", "{text}"], "not a file of tensors"),
-    (["--data", "{data}", "--distill", "--teacher", "absent.pth"], "no teacher 'absent.pth'"),
-    (["--data", "{data}", "--teacher", "{wrong}"], "without --distill: add --distill"),
+    (["--data", "{data}", "--distill", "--teacher", "absent.pth"], "no teacher absent.pth"),
+    (["--data", "{data}", "--teacher", "{wrong}"], "would do nothing without --distill: add that"),
     (["--data", "{data}", "--model", "regnet_y_400mf", "--distill"], "--distill trains a DeiT"),
     (["--data", "{data}", "--init", "{text}"], "is not a checkpoint"),
     (["--data", "{data}", "--init", "{distilled}"], "with distillation token: --model tiny --distill"),
     (["--data", "{data}", "--model", "regnet_y_400mf", "--init", "{other}"], "is a regnet_x_400mf"),
     (["--data", "{data}", "--precision", "fp16"], "fp16 needs a GPU"),
+    (["--data", "{data}", "--temperature", "2", "--distill"], "--temperature 2.0 would do nothing without --distill soft"),
+    (["--data", "{data}", "--model", "regnet_y_400mf", "--drop-path", "0.2"], "would do nothing without a DeiT"),
+    (["--data", "{data}", "--distill", "--teacher", "{foreign}"], "knows other classes: where it has 'ant', the data has 'cat'"),
+    (["--distill", "--batch-size", "33", "--accum-steps", "2"], "does not divide"),
     (["--data", "{data}", "--epochs", "0"], "--epochs 0: it must be 1 or more"),
     (["--data", "{data}", "--drop-path", "1"], "--drop-path 1.0: it must be from 0 to 0.99"),
     (["--data", "{data}", "--lr", "nan"], "--lr nan: it must be 0 or more"),
@@ -287,6 +291,8 @@ def test_a_mistake_is_one_line_and_a_status_before_any_work(args, message, share
     for name, regnet, classes in (("wrong", "regnet_y_400mf", 7), ("other", "regnet_x_400mf", 3)):
         names[name] = tmp_path / f"{name}.pth"
         torch.save({"model": train.teacher.create_regnet(regnet, classes).state_dict()}, names[name])
+    names["foreign"] = tmp_path / "foreign.pth"
+    torch.save(torch.load(names["other"], weights_only=True) | {"classes": ["ant", "bee", "emu"]}, names["foreign"])
     names["distilled"] = tmp_path / "distilled.pth"
     torch.save(deit.create_model("tiny", distilled=True, image_size=32, num_classes=3).state_dict(), names["distilled"])
     with pytest.raises(SystemExit) as stop:
@@ -313,7 +319,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(shared_folder, tmp_path, monkey
     assert "rank 0: the loss became nan between steps 0 and 0 of epoch 0; learning rate 1e-06" in capsys.readouterr().err
 
 
-def test_importing_a_script_does_nothing():
-    for script in ("deit", "distill", "data", "teacher", "evaluate", "train"):
-        source = (ROOT / f"{script}.py").read_text()
-        assert source.rstrip().endswith('if __name__ == "__main__":\n    main()')
+def test_importing_the_scripts_prints_nothing_and_parses_nothing(tmp_path):
+    (tmp_path / "all.py").write_text("import deit, distill, data, teacher, evaluate, train\n")
+    done = run_script(tmp_path / "all.py", "--no-such-flag", cwd=tmp_path)
+    assert done.stdout == "" and not [path for path in tmp_path.iterdir() if path.name != "all.py"]
