@@ -1,16 +1,19 @@
 """What the model sees: datasets, augmentation, repeated augmentation, mixup and cutmix.
 
 Section 6 and table 9 of "Training data-efficient image transformers & distillation through attention"
-(https://arxiv.org/abs/2012.12877). In the paper's ablation (table 8) DeiT-B loses 2.2 points without RandAugment, 6.0
-without mixup and CutMix, 5.3 without repeated augmentation, and diverges without erasing.
+(https://arxiv.org/abs/2012.12877). In the paper's ablation (table 8) DeiT-B loses 2.2 points without
+RandAugment, 6.0 without mixup and CutMix, 5.3 without repeated augmentation, and diverges without
+erasing.
 
     python data.py DIR                 draws contact_sheet.png: evaluation view, three training views, mixup, cutmix
     python data.py DIR --check         opens every image and lists those that cannot be read
 
-DIR holds train/ and val/ with one folder of images per class, or is a name: demo, cifar10, cifar100, flowers102, pets.
+DIR holds train/ and val/ with one folder of images per class, or is a name: demo, cifar10, cifar100,
+flowers102, pets.
 
-Workers deliver bytes: uint8 images (B, 3, S, S). Normalising, erasing and mixing happen on the device. Every draw of a
-view is a function of (seed, epoch, image, view) and of nothing else, so any batch can be made again alone.
+Workers deliver bytes: uint8 images (B, 3, S, S). Normalising, erasing and mixing happen on the device.
+Every draw of a view is a function of (seed, epoch, image, view) and of nothing else, so any batch can be
+made again alone.
 """
 import argparse
 import math
@@ -35,7 +38,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def seed_from(*numbers):
-    """One 64-bit seed from several integers, none negative: the same for the same numbers, unrelated for any others."""
+    """One 64-bit seed from several integers, none negative: the same for the same numbers, unrelated for
+    any others."""
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0])
 
 
@@ -80,10 +84,12 @@ OPERATIONS = {
 
 
 class RandAugment:
-    """Two operations drawn with replacement from the fifteen, each applied with probability 1/2 and a magnitude from
-    Normal(9, 0.5), clipped to [0, 10]. Takes and gives an RGB Pillow image; draws from torch's global generator.
+    """Two operations drawn with replacement from the fifteen, each applied with probability 1/2 and a
+    magnitude from Normal(9, 0.5), clipped to [0, 10]. Takes and gives an RGB Pillow image; draws from
+    torch's global generator.
 
-    torchvision's transform of the same name is another augmentation: other operations, no gate, other strengths.
+    torchvision's transform of the same name is another augmentation: other operations, no gate, other
+    strengths.
     """
 
     def __init__(self, magnitude=9.0, std=0.5):
@@ -105,7 +111,8 @@ class RandAugment:
 def train_transform(image_size, *, rand_augment=9.0):
     """RGB Pillow image to a random uint8 view (3, S, S): crop, flip, RandAugment (0 turns that off).
 
-    At 32 pixels or less the crop is the one for small images: S x S out of the image padded by 4 pixels of black.
+    At 32 pixels or less the crop is the one for small images: S x S out of the image padded by 4 pixels
+    of black.
     """
     if image_size <= 32:
         crop = [transforms.Resize(image_size, Image.Resampling.BICUBIC), transforms.RandomCrop(image_size, padding=4)]
@@ -121,15 +128,15 @@ def short_side(image_size, crop_ratio=0.875):
 
 
 def eval_transform(image_size, *, crop_ratio=0.875):
-    """RGB Pillow image to the uint8 view (3, S, S) of the published numbers: short side to int(S / 0.875), bicubic,
-    then the centre."""
+    """RGB Pillow image to the uint8 view (3, S, S) of the published numbers: short side to int(S /
+    0.875), bicubic, then the centre."""
     resize = transforms.Resize(short_side(image_size, crop_ratio), transforms.InterpolationMode.BICUBIC)
     return transforms.Compose([resize, transforms.CenterCrop(image_size), transforms.PILToTensor()])
 
 
 def erasing_box(image_size):
-    """(top, left, height, width) of the rectangle to erase, area 2 % to 33 % of the image, aspect 0.3 to 1/0.3; None
-    in the rare case that ten draws give none that fits."""
+    """(top, left, height, width) of the rectangle to erase, area 2 % to 33 % of the image, aspect 0.3 to
+    1/0.3; None in the rare case that ten draws give none that fits."""
     canvas = torch.empty(3, image_size, image_size)
     top, left, height, width, _ = transforms.RandomErasing.get_params(canvas, (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0])
     return None if height == image_size else (top, left, height, width)
@@ -142,14 +149,16 @@ def erasing_box(image_size):
 class RepeatedAugSampler(Sampler):
     """Each epoch draws a third of the images and takes three views of each (repeated augmentation, section 6).
 
-    Rank `rank` of `world_size` gets `batch_size` samples at a time. The epoch is one list of views, those of an image
-    next to each other; global batch after global batch is cut from it and dealt to the ranks in pieces. So 1, 2 or 8
-    processes with the same global batch see the same views in every step, and the views of an image share a local
-    batch. (The official sampler gives them to different ranks; without torchrun it silently repeats nothing.)
+    Rank `rank` of `world_size` gets `batch_size` samples at a time. The epoch is one list of views,
+    those of an image next to each other; global batch after global batch is cut from it and dealt to the
+    ranks in pieces. So 1, 2 or 8 processes with the same global batch see the same views in every step,
+    and the views of an image share a local batch. (The official sampler gives them to different ranks;
+    without torchrun it silently repeats nothing.)
 
-    An epoch has size // global batch optimiser steps, rounded to a number in which every drawn image gets all its views
-    (ImageNet at 1024: 1,251 steps, 427,008 images). Iterating gives this rank's image indices; `batches` gives them
-    batch by batch, with their views. `repeats=1` is plain shuffling. Raises ValueError if there is not one global batch.
+    An epoch has size // global batch optimiser steps, rounded to a number in which every drawn image
+    gets all its views (ImageNet at 1024: 1,251 steps, 427,008 images). Iterating gives this rank's image
+    indices; `batches` gives them batch by batch, with their views. `repeats=1` is plain shuffling.
+    Raises ValueError if there is not one global batch.
     """
 
     def __init__(self, size, rank=0, world_size=1, *, batch_size=1, accum_steps=1, repeats=3, seed=0):
@@ -201,8 +210,8 @@ class Batches(Sampler):
 class TrainBatches(Dataset):
     """Turns one entry of `RepeatedAugSampler.batches` into a batch, reading and decoding each image once.
 
-    Gives images (B, 3, S, S) uint8, labels (B,), the image indices (B,), and the rectangles to erase, one row each:
-    (position in the batch, top, left, height, width).
+    Gives images (B, 3, S, S) uint8, labels (B,), the image indices (B,), and the rectangles to erase,
+    one row each: (position in the batch, top, left, height, width).
     """
 
     def __init__(self, images, image_size, *, rand_augment=9.0, erasing=0.25, seed=0):
@@ -226,8 +235,8 @@ class TrainBatches(Dataset):
 
 
 def worker_options(workers):
-    """DataLoader's options for its workers. They come from a fork server and stay: to fork the training process itself,
-    full of threads, once per epoch is to deadlock sooner or later."""
+    """DataLoader's options for its workers. They come from a fork server and stay: to fork the training
+    process itself, full of threads, once per epoch is to deadlock sooner or later."""
     if not workers:
         return {"pin_memory": torch.cuda.is_available()}
     multiprocessing.set_forkserver_preload(["torchvision.transforms.v2", "torchvision.models", "torch.utils.tensorboard"])
@@ -236,8 +245,8 @@ def worker_options(workers):
 
 
 def outlive_signals(worker):
-    """Ctrl-C and Slurm signal every process at once, but the run needs a few batches more to end its step and save: a
-    worker ignores SIGINT and obeys SIGTERM 20 seconds late."""
+    """Ctrl-C and Slurm signal every process at once, but the run needs a few batches more to end its
+    step and save: a worker ignores SIGINT and obeys SIGTERM 20 seconds late."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(20))
 
@@ -267,7 +276,8 @@ class EvalImages(Dataset):
 
 
 def eval_loader(images, image_size, *, crop_ratio=0.875, batch_size=64, workers=0, rank=0, world_size=1, subset=None):
-    """Batches of (images uint8, labels). Every image (of `subset`: indices) goes to one rank, once; nothing is padded."""
+    """Batches of (images uint8, labels). Every image (of `subset`: indices) goes to one rank, once;
+    nothing is padded."""
     indices = range(len(images)) if subset is None else subset
     return DataLoader(EvalImages(images, image_size, crop_ratio), batch_size=batch_size,
                       sampler=indices[rank::world_size], **worker_options(workers))
@@ -289,18 +299,21 @@ def normalize(pixels):
 
 
 def erase(images, boxes):
-    """Fills each rectangle of `boxes` (on the CPU, rows as TrainBatches gives them) with standard normal noise, in place."""
+    """Fills each rectangle of `boxes` (on the CPU, rows as TrainBatches gives them) with standard normal
+    noise, in place."""
     for position, top, left, height, width in boxes.tolist():
         images[position, :, top:top + height, left:left + width].normal_()
     return images
 
 
 def mix(images, labels, indices, num_classes, *, mixup=0.8, cutmix=1.0, group=256):
-    """Mixup or CutMix, each for half of the batches: the images and their targets (B, K), which sum to 1, unsmoothed.
+    """Mixup or CutMix, each for half of the batches: the images and their targets (B, K), which sum to
+    1, unsmoothed.
 
-    `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 leaves that one out. Every `group` images or fewer share
-    one choice, lambda and box, as in one process of the official runs. Each image is mixed with its neighbour, which
-    by the layout of the batch is another image; where it is not (a batch of few images), the group stays as it is.
+    `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 leaves that one out. Every `group`
+    images or fewer share one choice, lambda and box, as in one process of the official runs. Each image
+    is mixed with its neighbour, which by the layout of the batch is another image; where it is not (a
+    batch of few images), the group stays as it is.
     """
     choices = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
     choices += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
@@ -400,9 +413,11 @@ PATTERNS = {
 
 
 class Demo(Dataset):
-    """Ten patterns drawn by formula: 4,000 training and 1,000 validation images of 64 x 64 pixels, deterministic, no files.
+    """Ten patterns drawn by formula: 4,000 training and 1,000 validation images of 64 x 64 pixels,
+    deterministic, no files.
 
-    A bright colour on a dark one, both random, at a random scale, shifted, turned a little, with pixel noise.
+    A bright colour on a dark one, both random, at a random scale, shifted, turned a little, with pixel
+    noise.
     """
     classes, train_size, val_size = list(PATTERNS), 4000, 1000
 
@@ -446,9 +461,9 @@ NAMED = {
 
 
 def open_split(data, *, train):
-    """The training or validation half of `data`: a folder with train/ and val/, or a name in NAMED, which torchvision
-    downloads to ./datasets. For validation a folder of class folders will do too. Raises FileNotFoundError or
-    ValueError that name the folder and the remedy."""
+    """The training or validation half of `data`: a folder with train/ and val/, or a name in NAMED,
+    which torchvision downloads to ./datasets. For validation a folder of class folders will do too.
+    Raises FileNotFoundError or ValueError that name the folder and the remedy."""
     if data in NAMED:
         return Split(*NAMED[data]("datasets", train))
     root, name = Path(data), "train" if train else "val"
@@ -485,8 +500,9 @@ def open_dataset(data):
 
 
 def contact_sheet(split, image_size, *, rows=8, seed=0):
-    """A Pillow image: one row per picture, from left to right the evaluation view, three training views as they reach
-    the model before mixing, then the first view mixed with a neighbouring row by mixup and by cutmix."""
+    """A Pillow image: one row per picture, from left to right the evaluation view, three training views
+    as they reach the model before mixing, then the first view mixed with a neighbouring row by mixup and
+    by cutmix."""
     spread = torch.randperm(len(split.images), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
     evaluation = torch.stack([eval_transform(image_size)(split.images[index][0]) for index in spread])
     rows, draws = len(spread), [(index, view) for view in range(3) for index in spread]

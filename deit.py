@@ -1,7 +1,8 @@
 """DeiT: the model, whole, and the loading of every published checkpoint.
 
 Touvron et al., "Training data-efficient image transformers & distillation through attention"
-(https://arxiv.org/abs/2012.12877): the vision transformer of section 3 and the distillation token of section 4.
+(https://arxiv.org/abs/2012.12877): the vision transformer of section 3 and the distillation token of
+section 4.
 
     python deit.py                                   prints the eight published models
 
@@ -70,8 +71,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, PATCH_SIZE, stride=PATCH_SIZE)
 
-    def forward(self, images):                                                                      # (B, 3, S, S)
-        return self.proj(images).flatten(2).transpose(1, 2)                                         # (B, patches, D)
+    def forward(self, images):                                                    # (B, 3, S, S)
+        return self.proj(images).flatten(2).transpose(1, 2)                       # (B, patches, D)
 
 
 class Attention(nn.Module):
@@ -84,9 +85,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def split_heads(self, x):
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)                                     # (B, H, N, 64)
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)                   # (B, H, N, 64)
 
-    def forward(self, x, queries=None):                                                             # (B, N, D)
+    def forward(self, x, queries=None):                                           # (B, N, D)
         """Attends from the first `queries` tokens (None: from all) to all tokens."""
         dim = x.shape[2]
         if queries is None:
@@ -95,13 +96,13 @@ class Attention(nn.Module):
             q = F.linear(x[:, :queries], self.qkv.weight[:dim], self.qkv.bias[:dim])
             k, v = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).split(dim, dim=2)
         x = F.scaled_dot_product_attention(self.split_heads(q), self.split_heads(k), self.split_heads(v))
-        return self.proj(x.transpose(1, 2).flatten(2))                                              # (B, queries, D)
+        return self.proj(x.transpose(1, 2).flatten(2))                            # (B, queries, D)
 
     def maps(self, x):
         """The attention of every token to every token, written out: each row sums to 1."""
         q, k, _ = self.qkv(x).split(x.shape[2], dim=2)
         q, k = self.split_heads(q), self.split_heads(k)
-        return ((q * HEAD_DIM**-0.5) @ k.transpose(2, 3)).softmax(dim=3)                            # (B, H, N, N)
+        return ((q * HEAD_DIM**-0.5) @ k.transpose(2, 3)).softmax(dim=3)          # (B, H, N, N)
 
 
 class MLP(nn.Module):
@@ -134,8 +135,8 @@ class Block(nn.Module):
 class DeiT(nn.Module):
     """The transformer of section 3; `distilled` adds the token and the head of section 4.
 
-    Parameter names and shapes are the official checkpoints'. `image_size` is a multiple of 16 (pixels, square);
-    `drop_path` is the rate of the last block, rising linearly from 0 in the first.
+    Parameter names and shapes are the official checkpoints'. `image_size` is a multiple of 16 (pixels,
+    square); `drop_path` is the rate of the last block, rising linearly from 0 in the first.
     """
 
     def __init__(self, dim, heads, *, distilled=False, image_size=224, num_classes=1000, drop_path=0.0):
@@ -156,8 +157,9 @@ class DeiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Truncated normal with std 0.02 for every linear layer, token and position; biases 0. LayerNorm (1, 0) and
-        the patch projection (uniform within 1/sqrt(768), bias too) keep PyTorch's defaults, as the official code does."""
+        """Truncated normal with std 0.02 for every linear layer, token and position; biases 0. LayerNorm
+        (1, 0) and the patch projection (uniform within 1/sqrt(768), bias too) keep PyTorch's defaults,
+        as the official code does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -170,13 +172,13 @@ class DeiT(nn.Module):
         """The learned tokens that stand before the patches: class, and distillation if there is one."""
         return (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)
 
-    def embed(self, images):                                                                        # (B, 3, S, S)
+    def embed(self, images):                                                      # (B, 3, S, S)
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"this model takes images of shape (B, 3, {self.image_size}, {self.image_size}), "
                              f"not {tuple(images.shape)}; load_model(..., image_size=...) makes one for another size")
         patches = self.patch_embed(images)
         tokens = [token.expand(len(images), -1, -1) for token in self.tokens]
-        return torch.cat((*tokens, patches), dim=1) + self.pos_embed                                # (B, N, D)
+        return torch.cat((*tokens, patches), dim=1) + self.pos_embed              # (B, N, D)
 
     def features(self, images):
         """The final class token, and distillation token if there is one: (B, 1 or 2, D)."""
@@ -184,7 +186,7 @@ class DeiT(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         # The heads read nothing but these tokens, so the last block computes no others: same output, 7 % fewer FLOPs.
-        x = self.blocks[-1](x, len(self.tokens))                                                    # (B, 1 or 2, D)
+        x = self.blocks[-1](x, len(self.tokens))                                  # (B, 1 or 2, D)
         return self.norm(x)
 
     def forward_heads(self, images):
@@ -192,16 +194,16 @@ class DeiT(nn.Module):
         if not self.distilled:
             raise ValueError("forward_heads needs a distilled model; this one has only the class head")
         x = self.features(images)
-        return self.head(x[:, 0]), self.head_dist(x[:, 1])                                          # 2 x (B, K)
+        return self.head(x[:, 0]), self.head_dist(x[:, 1])                        # 2 x (B, K)
 
     def forward(self, images):
         """Logits (B, K). A distilled model gives the pair of its heads in training mode and their mean in evaluation.
 
-        The paper's section 4 adds the two softmaxes; the official code, whose numbers are the published ones, averages
-        the logits, and so do we.
+        The paper's section 4 adds the two softmaxes; the official code, whose numbers are the published
+        ones, averages the logits, and so do we.
         """
         if not self.distilled:
-            return self.head(self.features(images)[:, 0])                                           # (B, K)
+            return self.head(self.features(images)[:, 0])                         # (B, K)
         class_logits, distillation_logits = self.forward_heads(images)
         return (class_logits, distillation_logits) if self.training else (class_logits + distillation_logits) / 2
 
@@ -280,8 +282,9 @@ def official_names(state):
 
 
 def download(url):
-    """The file behind an https URL, from torch.hub's cache or fetched into it with a progress bar. A hash in its name
-    ("-a1311bcf.pth") is checked; without one the URL itself becomes part of the cached name."""
+    """The file behind an https URL, from torch.hub's cache or fetched into it with a progress bar. A
+    hash in its name ("-a1311bcf.pth") is checked; without one the URL itself becomes part of the cached
+    name."""
     name = url.split("?")[0].rsplit("/", 1)[-1]
     hashed = re.search(r"-([0-9a-f]{8,})\.", name)
     if not hashed:
@@ -297,8 +300,8 @@ def download(url):
 def read_checkpoint(source):
     """What a file, an https URL or a published name holds, read without executing anything in it.
 
-    Raises FileNotFoundError for a missing file, OSError for one that cannot be reached, and ValueError for one that does
-    not consist of tensors and plain values; each names the source.
+    Raises FileNotFoundError for a missing file, OSError for one that cannot be reached, and ValueError
+    for one that does not consist of tensors and plain values; each names the source.
     """
     source = path = PUBLISHED[source].url if source in PUBLISHED else str(source)
     try:
@@ -353,14 +356,14 @@ def find_weights(checkpoint, source, *, ema=False):
 
 
 def resize_positions(pos_embed, num_tokens, image_size):
-    """Interpolates the patch grid of a position embedding (1, N, D) to another image size; class and distillation
-    entries stay. Bicubic, which keeps the vectors' norm (paper, section 3), without corner alignment or antialiasing,
-    as the published 384 models were made."""
+    """Interpolates the patch grid of a position embedding (1, N, D) to another image size; class and
+    distillation entries stay. Bicubic, which keeps the vectors' norm (paper, section 3), without corner
+    alignment or antialiasing, as the published 384 models were made."""
     extra, grid = pos_embed[:, :num_tokens], pos_embed[:, num_tokens:]
     side, new_side = math.isqrt(grid.shape[1]), image_size // PATCH_SIZE
     if side == new_side:
         return pos_embed
-    grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()                              # (1, D, side, side)
+    grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()            # (1, D, side, side)
     grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
     return torch.cat((extra, grid.flatten(2).transpose(1, 2).to(extra.dtype)), dim=1)
 
@@ -371,7 +374,8 @@ def describe_keys(checkpoint):
 
 
 def check_architecture(state, source):
-    """(size, distilled, image size, classes) of official weights. Raises ValueError for another vision transformer."""
+    """(size, distilled, image size, classes) of official weights. Raises ValueError for another vision
+    transformer."""
     dim, distilled, patch_size = state["cls_token"].shape[2], "dist_token" in state, state["patch_embed.proj.weight"].shape[3]
     size = next((name for name, (width, _) in SIZES.items() if width == dim), None)
     positions, num_tokens = state["pos_embed"].shape[1], 2 if distilled else 1
@@ -389,10 +393,11 @@ def check_architecture(state, source):
 def load_model(source, *, image_size=None, num_classes=None, drop_path=0.0, ema=False, checkpoint=None):
     """A DeiT from a path, an https URL or a published name; in evaluation mode.
 
-    Size, distilled or not, image size and number of classes come from the tensors; the file may be in the official (or
-    timm), mmpretrain, Hugging Face or this project's own layout. Loading is strict. `image_size` resizes the position
-    grid; `num_classes`, where it differs from the file's, gives fresh heads and says so; `checkpoint` is what
-    read_checkpoint(source) gave, if it was read already. Raises OSError or ValueError naming the source.
+    Size, distilled or not, image size and number of classes come from the tensors; the file may be in
+    the official (or timm), mmpretrain, Hugging Face or this project's own layout. Loading is strict.
+    `image_size` resizes the position grid; `num_classes`, where it differs from the file's, gives fresh
+    heads and says so; `checkpoint` is what read_checkpoint(source) gave, if it was read already. Raises
+    OSError or ValueError naming the source.
     """
     checkpoint = read_checkpoint(source) if checkpoint is None else checkpoint
     state = find_weights(checkpoint, source, ema=ema)

@@ -1,12 +1,14 @@
 """The distillation objectives of DeiT, as pure functions of logits.
 
 Section 4 of "Training data-efficient image transformers & distillation through attention"
-(https://arxiv.org/abs/2012.12877): a transformer learns from the labels through its class token and from a convnet
-through its distillation token. With hard labels (equation 3) DeiT-Ti reaches 74.5 % top-1 instead of 72.2 %.
+(https://arxiv.org/abs/2012.12877): a transformer learns from the labels through its class token and from
+a convnet through its distillation token. With hard labels (equation 3) DeiT-Ti reaches 74.5 % top-1
+instead of 72.2 %.
 
     python distill.py         works the objectives through on an example small enough for a pencil
 
-Every function takes logits of shape (B, K), B images and K classes, and returns a scalar tensor: the mean over images.
+Every function takes logits of shape (B, K), B images and K classes, and returns a scalar tensor: the
+mean over images.
 """
 import argparse
 
@@ -17,7 +19,8 @@ import torch.nn.functional as F
 def hard_distillation(logits, teacher_logits):
     """Cross-entropy with the teacher's decision as the label: second term of equation 3.
 
-    The label is argmax(teacher_logits), one for each image even where two images were mixed, and it is not smoothed.
+    The label is argmax(teacher_logits), one for each image even where two images were mixed, and it is
+    not smoothed.
     """
     return F.cross_entropy(logits, teacher_logits.argmax(dim=1))
 
@@ -25,8 +28,9 @@ def hard_distillation(logits, teacher_logits):
 def soft_distillation(logits, teacher_logits, temperature):
     """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)), averaged over images: second term of equation 2.
 
-    The official code divides the sum by B K instead of B, so its term is K times smaller than the paper's. Writing a
-    for its alpha, the same direction of the gradient comes from alpha = (a / K) / (1 - a + a / K) here.
+    The official code divides the sum by B K instead of B, so its term is K times smaller than the
+    paper's. Writing a for its alpha, the same direction of the gradient comes from alpha = (a / K) / (1
+    - a + a / K) here.
     """
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     student = F.log_softmax(logits / temperature, dim=1)
@@ -37,10 +41,10 @@ def distillation_loss(class_logits, distillation_logits, targets, teacher_logits
                       temperature=3.0, label_smoothing=0.0):
     """(1 - alpha) cross_entropy(class head, targets) + alpha distillation(distillation head, teacher).
 
-    `targets` are class indices (B,) or probabilities (B, K), smoothed here by `label_smoothing` and nowhere else; the
-    teacher's labels are not smoothed. The paper uses alpha 1/2 for kind "hard" (equation 3), and alpha 0.1 with
-    temperature 3 for kind "soft" (equation 2). Returns (loss, class term, distillation term), the terms unweighted.
-    Raises ValueError for another kind.
+    `targets` are class indices (B,) or probabilities (B, K), smoothed here by `label_smoothing` and
+    nowhere else; the teacher's labels are not smoothed. The paper uses alpha 1/2 for kind "hard"
+    (equation 3), and alpha 0.1 with temperature 3 for kind "soft" (equation 2). Returns (loss, class
+    term, distillation term), the terms unweighted. Raises ValueError for another kind.
     """
     class_term = F.cross_entropy(class_logits, targets, label_smoothing=label_smoothing)
     if kind == "hard":

@@ -6,10 +6,10 @@
     python evaluate.py --weights tiny --image a.jpg b.png                 the five likeliest classes of each picture
     python evaluate.py --weights tiny --image a.jpg --attention map.png   and where the model looks
 
-Architecture, heads, image size and classes are read from the file; a RegNet teacher is evaluated the same way. The
-protocol is the one behind the published numbers: the short side to int(S / 0.875) pixels, bicubic, the centre S x S,
-and for distilled models the mean of the two heads' logits. Numbers are in float32, and counted in integers, so they
-do not depend on the number of processes.
+Architecture, heads, image size and classes are read from the file; a RegNet teacher is evaluated the
+same way. The protocol is the one behind the published numbers: the short side to int(S / 0.875) pixels,
+bicubic, the centre S x S, and for distilled models the mean of the two heads' logits. Numbers are in
+float32, and counted in integers, so they do not depend on the number of processes.
 """
 import argparse
 import collections
@@ -50,8 +50,8 @@ class Place(NamedTuple):
 
 
 def join_processes():
-    """Joins the process group if torchrun started this process (nccl on GPUs, gloo on CPUs). Raises ValueError if there
-    are more processes on this machine than GPUs."""
+    """Joins the process group if torchrun started this process (nccl on GPUs, gloo on CPUs). Raises
+    ValueError if there are more processes on this machine than GPUs."""
     rank, world_size, local_rank, local_world_size = (int(os.environ.get(name, default)) for name, default in (
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     torch.backends.cudnn.allow_tf32 = False                              # float32 is to mean float32 in convolutions too
@@ -89,8 +89,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_errors(program, *mistakes):
-    """Turns a mistake in flags, files or data into one line per machine and exit status 1, without a traceback; and so
-    for a process that finds the others gone."""
+    """Turns a mistake in flags, files or data into one line per machine and exit status 1, without a
+    traceback; and so for a process that finds the others gone."""
     try:
         yield
     except mistakes as error:
@@ -100,7 +100,7 @@ def one_line_errors(program, *mistakes):
         print(f"{program}: {reason.removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)
         sys.exit(1)
     except RuntimeError as error:
-        if not dist.is_initialized() or not re.search("connection|peer|timed out|timeout|store", str(error), re.IGNORECASE):
+        if not dist.is_initialized() or not re.search("connection|peer|timed out|timeout", str(error), re.IGNORECASE):
             raise
         time.sleep(2)                                                    # let the one that failed speak first
         print(f"{program}: rank {dist.get_rank()} leaves, another process is gone or stuck: {str(error).splitlines()[0][:150]}",
@@ -154,12 +154,13 @@ def predict(model, images):
 
 @torch.no_grad()
 def evaluate(model, loader, device, *, columns=None, progress=False):
-    """{head: Score} over all images of all ranks' loaders (see data.eval_loader); `mean` is the model's own output.
+    """{head: Score} over all images of all ranks' loaders (see data.eval_loader); `mean` is the model's
+    own output.
 
-    `columns` gives the model's class for each of the data's, where those are a part of the model's or in another order;
-    the model's other classes then do not take part. Every batch is filled up to the loader's batch size before the model
-    sees it, since the arithmetic of a matrix product may depend on its shape: an image gets the same logits in whichever
-    batch it comes.
+    `columns` gives the model's class for each of the data's, where those are a part of the model's or in
+    another order; the model's other classes then do not take part. Every batch is filled up to the
+    loader's batch size before the model sees it, since the arithmetic of a matrix product may depend on
+    its shape: an image gets the same logits in whichever batch it comes.
     """
     was_training = model.training
     model.eval()
@@ -184,7 +185,8 @@ def evaluate(model, loader, device, *, columns=None, progress=False):
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode, the size of its images in pixels, its number of classes, and their names if known."""
+    """A model in evaluation mode, the size of its images in pixels, its number of classes, and their
+    names if known."""
     model: torch.nn.Module
     image_size: int
     num_classes: int
@@ -217,9 +219,9 @@ def are_wordnet_ids(names):
 def match_classes(folder, loaded, reference=None):
     """For each class folder the model's class, or None where they are the same in the same order.
 
-    Names stored in the checkpoint decide. ImageNet's thousand are also known by number (folders 0 to 999, as ImageNet-V2
-    has them) and, for WordNet ids, from `reference`: the class folders of a complete ImageNet. Raises ValueError where
-    the folders cannot be matched, with what to give.
+    Names stored in the checkpoint decide. ImageNet's thousand are also known by number (folders 0 to
+    999, as ImageNet-V2 has them) and, for WordNet ids, from `reference`: the class folders of a complete
+    ImageNet. Raises ValueError where the folders cannot be matched, with what to give.
     """
     known = loaded.classes
     imagenet = loaded.num_classes == 1000 and (not known or are_wordnet_ids(known))
@@ -301,30 +303,31 @@ def class_names(loaded):
 
 
 def attention_columns(model, images):
-    """{title: pictures}: where the class token, and the distillation token, of normalised images (B, 3, S, S) attend to.
+    """{title: pictures}: where the class token, and the distillation token, of normalised images (B, 3,
+    S, S) attend to.
 
-    "last block" is the mean over heads of the last block's attention; "rollout" (Abnar and Zuidema, 2020) follows it
-    through all blocks, half of each block's output being its input.
+    "last block" is the mean over heads of the last block's attention; "rollout" (Abnar and Zuidema,
+    2020) follows it through all blocks, half of each block's output being its input.
     """
-    maps = model.attention_maps(images).mean(dim=2)                                                 # (B, depth, N, N)
+    maps = model.attention_maps(images).mean(dim=2)                               # (B, depth, N, N)
     rollout = identity = torch.eye(maps.shape[-1], device=images.device)
     for attention in maps.unbind(dim=1):
         rollout = (attention + identity) / 2 @ rollout
     columns = {"picture": images}
     for position, token in enumerate(("class", "distillation")[: len(model.tokens)]):
         for name, attention in (("last block", maps[:, -1]), ("rollout", rollout)):
-            patches = attention[:, position, len(model.tokens):]                                    # (B, patches)
+            patches = attention[:, position, len(model.tokens):]                  # (B, patches)
             columns[f"{token}, {name}"] = highlight(images, patches)
     return columns
 
 
 def highlight(images, patches):
-    """The images in grey, the more yellow the more attention (B, patches) there is: from the least attended patch, none,
-    to the most. Normalised in, normalised out."""
+    """The images in grey, the more yellow the more attention (B, patches) there is: from the least
+    attended patch, none, to the most. Normalised in, normalised out."""
     side, (mean, std) = math.isqrt(patches.shape[1]), data.mean_and_std(images.device)
     weight = patches - patches.amin(dim=1, keepdim=True)
     weight = (weight / weight.amax(dim=1, keepdim=True).clamp(min=1e-12)).unflatten(1, (1, side, side))
-    weight = 0.8 * F.interpolate(weight, size=images.shape[-2:], mode="bilinear")                   # (B, 1, S, S)
+    weight = 0.8 * F.interpolate(weight, size=images.shape[-2:], mode="bilinear")  # (B, 1, S, S)
     grey = (images * std + mean).mean(dim=1, keepdim=True)
     yellow = torch.tensor([1.0, 0.85, 0.0], device=images.device).view(3, 1, 1)
     return ((1 - weight) * grey + weight * yellow - mean) / std

@@ -1,16 +1,17 @@
 """The teacher: a frozen RegNet that labels the images a DeiT learns from.
 
 Section 5.2 of "Training data-efficient image transformers & distillation through attention"
-(https://arxiv.org/abs/2012.12877): a convnet teaches a transformer better than a transformer does. The paper's is
-RegNetY-16GF, 82.9 % top-1, 84 M parameters, trained on ImageNet with DeiT's own augmentation.
+(https://arxiv.org/abs/2012.12877): a convnet teaches a transformer better than a transformer does. The
+paper's is RegNetY-16GF, 82.9 % top-1, 84 M parameters, trained on ImageNet with DeiT's own augmentation.
 
     python teacher.py SOURCE                           describes a teacher: architecture, classes, parameters, names
     python teacher.py SOURCE --output teacher.pth      writes its weights under torchvision's names
     python train.py --model regnet_y_16gf --data DIR   trains one for your own classes, with the one training loop
 
-SOURCE is "official" (the paper's), a torchvision RegNet by name (its ImageNet weights, version 2: regnet_y_16gf, 82.886 %),
-a torchvision weights entry in full (RegNet_Y_16GF_Weights.IMAGENET1K_V1), a file or an https URL. Files may use
-torchvision's names, timm's (as the official one does), or be a checkpoint of train.py.
+SOURCE is "official" (the paper's), a torchvision RegNet by name (its ImageNet weights, version 2:
+regnet_y_16gf, 82.886 %), a torchvision weights entry in full (RegNet_Y_16GF_Weights.IMAGENET1K_V1), a
+file or an https URL. Files may use torchvision's names, timm's (as the official one does), or be a
+checkpoint of train.py.
 """
 import argparse
 import re
@@ -49,8 +50,8 @@ def torchvision_names(state):
 
 
 def create_regnet(name, num_classes=1000):
-    """A torchvision RegNet with fresh weights, channels-last, which convolutions run fastest in. Raises ValueError for
-    an unknown name."""
+    """A torchvision RegNet with fresh weights, channels-last, which convolutions run fastest in. Raises
+    ValueError for an unknown name."""
     if name not in REGNETS:
         raise ValueError(f"unknown RegNet {name!r}: choose one of {', '.join(REGNETS)}")
     return models.get_model(name, weights=None, num_classes=num_classes).to(memory_format=torch.channels_last)
@@ -111,8 +112,9 @@ def find_weights(checkpoint):
 def load_regnet(source, *, num_classes=None, checkpoint=None):
     """A RegNet with the weights of `source` (see above), in evaluation mode.
 
-    `num_classes`, where it differs from the file's, gives a fresh classifier and says so; `checkpoint` is what
-    read_weights(source) gave, if it was read already. Raises OSError or ValueError naming the source.
+    `num_classes`, where it differs from the file's, gives a fresh classifier and says so; `checkpoint`
+    is what read_weights(source) gave, if it was read already. Raises OSError or ValueError naming the
+    source.
     """
     checkpoint = read_weights(source) if checkpoint is None else checkpoint
     state = find_weights(checkpoint)
@@ -134,7 +136,8 @@ def load_regnet(source, *, num_classes=None, checkpoint=None):
 
 
 def fold_batch_norm(model):
-    """Writes each frozen batch norm into the convolution before it: the same function with fewer passes over memory."""
+    """Writes each frozen batch norm into the convolution before it: the same function with fewer passes
+    over memory."""
     for module in model.modules():
         if isinstance(module, Conv2dNormActivation) and isinstance(module[1], nn.BatchNorm2d):
             module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
@@ -142,9 +145,9 @@ def fold_batch_norm(model):
 
 
 def load_teacher(source="official", num_classes=1000, classes=None):
-    """The frozen teacher, in evaluation mode, without gradients, folded and channels-last: logits (B, K) of images
-    (B, 3, S, S) normalised as the student's. Raises ValueError if it does not know `num_classes` classes, or if its file
-    names other `classes` or another order."""
+    """The frozen teacher, in evaluation mode, without gradients, folded and channels-last: logits (B, K)
+    of images (B, 3, S, S) normalised as the student's. Raises ValueError if it does not know
+    `num_classes` classes, or if its file names other `classes` or another order."""
     advice = "train one for your classes: python train.py --model regnet_y_16gf --data DIR"
     if weights_url(str(source)) and num_classes != 1000:                 # known before anything is downloaded
         raise ValueError(f"teacher {source} knows ImageNet's 1000 classes and the data has {num_classes}; {advice}")

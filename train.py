@@ -1,16 +1,17 @@
 """The recipe of DeiT, and the loop that applies it.
 
 Section 6 and table 9 of "Training data-efficient image transformers & distillation through attention"
-(https://arxiv.org/abs/2012.12877). Published results of this recipe on ImageNet (top-1, 300 epochs): tiny 72.2, small
-79.8, base 81.8; with --distill 74.5, 81.2, 83.4.
+(https://arxiv.org/abs/2012.12877). Published results of this recipe on ImageNet (top-1, 300 epochs):
+tiny 72.2, small 79.8, base 81.8; with --distill 74.5, 81.2, 83.4.
 
     torchrun --nproc_per_node 4 train.py --model tiny --distill --data imagenet    four GPUs
     python train.py --model tiny --distill                                         no data: the built-in demo
     python train.py --model regnet_y_16gf --data DIR                               a teacher for your own classes
     python train.py --resume --output runs/NAME                                    goes on with an interrupted run
 
-A run is one folder: last.pth (to resume), best.pth (to use), log.jsonl (an object per epoch), TensorBoard events.
-The batch size is that of all processes together, so results do not depend on their number.
+A run is one folder: last.pth (to resume), best.pth (to use), log.jsonl (an object per epoch),
+TensorBoard events. The batch size is that of all processes together: any number of them sees the same
+images at the same rate.
 """
 import argparse
 import contextlib
@@ -118,8 +119,8 @@ def parse_recipe():
 
 
 def make_recipe(typed):
-    """The paper's values, changed by the demo's where that is the data, changed by what was typed. Raises ValueError
-    for values that make no sense, before anything is read."""
+    """The paper's values, changed by the demo's where that is the data, changed by what was typed.
+    Raises ValueError for values that make no sense, before anything is read."""
     choice = {"data": "imagenet" if Path("imagenet").is_dir() else "demo"} | typed
     if choice["data"] == "demo":
         choice = DEMO | choice
@@ -153,8 +154,9 @@ def make_recipe(typed):
 
 
 def learning_rate(recipe, epoch):
-    """The rate at a fractional epoch: linear warm-up, then a cosine counted from epoch 0 (not from the end of the
-    warm-up), as timm has it. The official code uses each value one epoch late, and a constant within each epoch."""
+    """The rate at a fractional epoch: linear warm-up, then a cosine counted from epoch 0 (not from the
+    end of the warm-up), as timm has it. The official code uses each value one epoch late, and a constant
+    within each epoch."""
     peak = recipe.lr * recipe.batch_size / 512
     if epoch < recipe.warmup_epochs:
         return recipe.warmup_lr + (peak - recipe.warmup_lr) * epoch / recipe.warmup_epochs
@@ -162,8 +164,8 @@ def learning_rate(recipe, epoch):
 
 
 def parameter_groups(model, weight_decay):
-    """Two groups for the optimiser. Vectors, class token and positions do not decay; the distillation token does, as in
-    the official code, where that is on purpose (facebookresearch/deit, issue 48)."""
+    """Two groups for the optimiser. Vectors, class token and positions do not decay; the distillation
+    token does, as in the official code, where that is on purpose (facebookresearch/deit, issue 48)."""
     groups = {0.0: [], weight_decay: []}
     for name, parameter in model.named_parameters():
         spared = parameter.ndim <= 1 or name in ("cls_token", "pos_embed")
@@ -242,8 +244,9 @@ def gradients_joined(student, last):
 class Progress:
     """Sums the loss terms on the device, and now and then brings them to the host, the bar and TensorBoard.
 
-    Now and then is every LOG_EVERY steps on a GPU, where looking at a number makes the host wait, and every step on a
-    CPU. In the same exchange the ranks agree whether to stop (any got a signal) or to save (the first finds it is time).
+    Now and then is every LOG_EVERY steps on a GPU, where looking at a number makes the host wait, and
+    every step on a CPU. In the same exchange the ranks agree whether to stop (any got a signal) or to
+    save (the first finds it is time).
     """
 
     def __init__(self, place, recipe, folder, steps, state):
@@ -310,9 +313,11 @@ class Progress:
         if seen or self.place.rank == 0 and all(map(math.isfinite, sums)):
             what = f"the loss became {own[0]}" if seen else "the gradient is not finite"
             scale = f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
+            path = self.folder / "last.pth"
+            before = f"{path} is from before it" if path.exists() else "nothing was saved yet"
             print(f"train.py: rank {self.place.rank}: {what} between steps {step + 1 - self.steps_since} and {step} of epoch "
-                  f"{epoch}; learning rate {lr:.3g}, gradient norm {norm:.3g}{scale}. {self.folder / 'last.pth'} is from "
-                  "before it: try a lower --lr, or --precision fp32", file=sys.stderr, flush=True)
+                  f"{epoch}; learning rate {lr:.3g}, gradient norm {norm:.3g}{scale}; {before}. Try a lower --lr, or "
+                  "--precision fp32", file=sys.stderr, flush=True)
         if self.place.world_size > 1:
             dist.barrier()
         sys.exit(1)
@@ -357,8 +362,8 @@ class Progress:
 
 
 def save(content, path):
-    """Writes a checkpoint whole or not at all: to a file beside it, flushed to the disk, then renamed. Plain values and
-    tensors only. Raises OSError that names the file."""
+    """Writes a checkpoint whole or not at all: to a file beside it, flushed to the disk, then renamed.
+    Plain values and tensors only. Raises OSError that names the file."""
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as file:
@@ -461,7 +466,8 @@ def split_batch(recipe, place):
 
 
 def measure_teacher(run, place):
-    """Its Score on 256 validation images or so, spread over all classes: a random head or foreign classes show at once."""
+    """Its Score on 256 validation images or so, spread over all classes: a random head or foreign
+    classes show at once."""
     images = run.val_split.images
     loader = data.eval_loader(images, run.recipe.image_size, batch_size=BATCH_SIZE, workers=run.workers, rank=place.rank,
                               world_size=place.world_size, subset=range(0, len(images), max(1, len(images) // 256)))
@@ -575,8 +581,8 @@ class Run(NamedTuple):
 
 
 def prepare(recipe, place, folder):
-    """Builds the run. Raises ValueError or OSError, in seconds, for whatever would stop it later; only then, where the
-    demo is to be distilled, its teacher is trained."""
+    """Builds the run. Raises ValueError or OSError, in seconds, for whatever would stop it later; only
+    then, where the demo is to be distilled, its teacher is trained."""
     recipe = replace(recipe, precision=choose_precision(recipe.precision, place))
     workers = usable_cpus() // place.local_world_size if recipe.workers is None else recipe.workers
     local_batch = split_batch(recipe, place)
@@ -692,8 +698,9 @@ def leave(progress, folder):
 
 
 def find_folder(recipe, place):
-    """The run's folder, chosen by the first process: --output, or runs/<model>-<data> with a number if that is taken.
-    With --resume (and when torchrun restarts its workers) it is the one there, the newest of the name."""
+    """The run's folder, chosen by the first process: --output, or runs/<model>-<data> with a number if
+    that is taken. With --resume (and when torchrun restarts its workers) it is the one there, the newest
+    of the name."""
     name = f"{recipe.model}{'-distilled' if recipe.distill else ''}-{Path(recipe.data).name}"
     first = Path(recipe.output or f"runs/{name}")
     numbered = [first] if recipe.output else [first, *(first.with_name(f"{name}-{n}") for n in range(2, 10_000))]
@@ -724,7 +731,8 @@ def resuming(recipe):
 
 
 def read_last(folder):
-    """The folder's last.pth, or None if there is none. Raises ValueError for a file that is damaged or something else."""
+    """The folder's last.pth, or None if there is none. Raises ValueError for a file that is damaged or
+    something else."""
     path = folder / "last.pth"
     if not path.exists():
         return None
