@@ -60,7 +60,7 @@ PUBLISHED = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -236,7 +236,7 @@ def count_macs(model):
     return num_patches * 3 * PATCH_SIZE**2 * dim + blocks + len(model.tokens) * dim * model.num_classes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Checkpoints: four layouts, one set of names
 
 # What turns other projects' parameter names into the official ones: regular expressions, all applied in this order.

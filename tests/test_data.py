@@ -23,7 +23,7 @@ def photo(width=97, height=61, seed=0):
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # RandAugment
 
 TIMM_OPERATIONS = dict(zip(data.OPERATIONS, auto_augment._RAND_INCREASING_TRANSFORMS, strict=True))
@@ -74,7 +74,7 @@ def test_randaugment_draws_operations_gates_magnitudes_and_signs_as_the_recipe(m
     assert np.quantile(magnitudes, 0.1587) == pytest.approx(8.5, abs=0.05)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Views
 
 
@@ -147,7 +147,7 @@ def test_erasing_puts_normal_noise_in_the_box_and_nowhere_else():
     assert abs(images[erased].mean()) < 0.05 and abs(images[erased].std() - 1) < 0.05
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Repeated augmentation
 
 
@@ -266,7 +266,7 @@ def test_an_epoch_can_start_in_the_middle():
     assert list(sampler.batches()) == whole[10:] and len(data.Batches(sampler)) == len(whole) - 10
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Mixup and CutMix
 
 
@@ -327,7 +327,7 @@ def test_without_mixing_targets_are_one_hot():
     assert torch.equal(mixed, images) and torch.equal(targets, F.one_hot(labels, 5).float())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Datasets
 
 

@@ -129,7 +129,7 @@ def test_other_class_names_are_refused(weights, tmp_path, monkeypatch, capsys):
     assert status == 1 and "1 of 3 folder(s) unknown to the model, such as 'pig'; it knows 'cat'" in printed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Parts of ImageNet, and what is published
 
 
@@ -282,7 +282,7 @@ def test_averaged_weights_of_a_regnet_are_evaluated_when_asked_for(tmp_path):
         assert torch.equal(evaluate.load_any(str(tmp_path / "teacher.pth"), ema=ema).model.fc.weight, state["fc.weight"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Pictures
 
 
