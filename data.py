@@ -5,8 +5,8 @@ Section 6 and table 9 of "Training data-efficient image transformers & distillat
 RandAugment, 6.0 without mixup and CutMix, 5.3 without repeated augmentation, and diverges without
 erasing.
 
-    python data.py DIR                 draws contact_sheet.png: evaluation view, three training views, mixup, cutmix
-    python data.py DIR --check         opens every image and lists those that cannot be read
+    python data.py DIR           draws contact_sheet.png: evaluation view, three training views, mixup, cutmix
+    python data.py DIR --check   opens every image and lists those that cannot be read
 
 DIR holds train/ and val/ with one folder of images per class, or is a name: demo, cifar10, cifar100,
 flowers102, pets.
@@ -46,16 +46,18 @@ def seed_from(*numbers):
 # ---------------------------------------------------------------------------------------------------
 # RandAugment, as "rand-m9-mstd0.5-inc1": the table of operations
 
-FILL = (124, 116, 104)                                                   # ImageNet's mean, for pixels from outside
+FILL = (124, 116, 104)                                              # ImageNet's mean, for pixels from outside
 
 
 def affine(image, *matrix):
     """Output pixel (x, y) samples the input at (a x + b y + c, d x + e y + f); origin at the top left."""
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC,
+                           fillcolor=FILL)
 
 
 def posterize(image, bits):
-    """Keeps the highest bits of each channel. Written out since 0 bits, which is black, is an error in Pillow 13."""
+    """Keeps the highest bits of each channel. Written out since 0 bits, which is black, is
+    an error in Pillow 13."""
     return image.point([value & ~(2 ** (8 - bits) - 1) for value in range(256)] * 3)
 
 
@@ -63,7 +65,8 @@ def solarize_add(image, amount):
     return image.point([min(255, value + amount) if value < 128 else value for value in range(256)] * 3)
 
 
-# Each operation gets the image, the magnitude r in [0, 1], and a random sign s = +1 or -1. All grow stronger with r.
+# Each operation gets the image, the magnitude r in [0, 1], and a random sign s = +1 or -1.
+# All grow stronger with r.
 OPERATIONS = {
     "AutoContrast": lambda image, r, s: ImageOps.autocontrast(image),
     "Equalize": lambda image, r, s: ImageOps.equalize(image),
@@ -115,7 +118,8 @@ def train_transform(image_size, *, rand_augment=9.0):
     of black.
     """
     if image_size <= 32:
-        crop = [transforms.Resize(image_size, Image.Resampling.BICUBIC), transforms.RandomCrop(image_size, padding=4)]
+        crop = [transforms.Resize(image_size, Image.Resampling.BICUBIC),
+                transforms.RandomCrop(image_size, padding=4)]
     else:
         crop = [transforms.RandomResizedCrop(image_size, interpolation=transforms.InterpolationMode.BICUBIC)]
     augment = [RandAugment(rand_augment)] if rand_augment else []
@@ -123,7 +127,8 @@ def train_transform(image_size, *, rand_augment=9.0):
 
 
 def short_side(image_size, crop_ratio=0.875):
-    """Pixels to which the short side is resized before the centre is cut out; at 32 or less nothing is cut off."""
+    """Pixels to which the short side is resized before the centre is cut out; at 32 or
+    less nothing is cut off."""
     return image_size if image_size <= 32 else int(image_size / crop_ratio)
 
 
@@ -138,7 +143,8 @@ def erasing_box(image_size):
     """(top, left, height, width) of the rectangle to erase, area 2 % to 33 % of the image, aspect 0.3 to
     1/0.3; None in the rare case that ten draws give none that fits."""
     canvas = torch.empty(3, image_size, image_size)
-    top, left, height, width, _ = transforms.RandomErasing.get_params(canvas, (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0])
+    top, left, height, width, _ = transforms.RandomErasing.get_params(
+        canvas, (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0])
     return None if height == image_size else (top, left, height, width)
 
 
@@ -147,7 +153,8 @@ def erasing_box(image_size):
 
 
 class RepeatedAugSampler(Sampler):
-    """Each epoch draws a third of the images and takes three views of each (repeated augmentation, section 6).
+    """Each epoch draws a third of the images and takes three views of each (repeated
+    augmentation, section 6).
 
     Rank `rank` of `world_size` gets `batch_size` samples at a time. The epoch is one list of views,
     those of an image next to each other; global batch after global batch is cut from it and dealt to the
@@ -168,13 +175,14 @@ class RepeatedAugSampler(Sampler):
                              f"--batch-size {2 ** int(math.log2(max(1, size)))} or less")
         self.size, self.rank, self.world_size, self.batch_size = size, rank, world_size, batch_size
         self.accum_steps, self.repeats, self.seed = accum_steps, repeats, seed
-        whole = repeats // math.gcd(repeats, global_batch)               # steps after which no image is cut in two
+        whole = repeats // math.gcd(repeats, global_batch)          # steps after which no image is cut in two
         self.steps = max(whole, size // global_batch // whole * whole)
         self.distinct_images = self.steps * global_batch // repeats
         self.set_epoch(0)
 
     def set_epoch(self, epoch, first_step=0):
-        """Chooses the epoch's order; `first_step` leaves out the steps that an interrupted run has done already."""
+        """Chooses the epoch's order; `first_step` leaves out the steps that an interrupted
+        run has done already."""
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self):
@@ -185,13 +193,16 @@ class RepeatedAugSampler(Sampler):
             yield from (index for index, _ in draws)
 
     def batches(self):
-        """Yields (epoch, [(index, view), ...]) per batch of this rank, all first views before all second ones."""
+        """Yields (epoch, [(index, view), ...]) per batch of this rank, all first views
+        before all second ones."""
         generator = torch.Generator().manual_seed(seed_from(self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator)[: self.distinct_images].tolist()
         for batch in range(self.first_step * self.accum_steps, self.steps * self.accum_steps):
             start = (batch * self.world_size + self.rank) * self.batch_size
-            draws = [(order[p // self.repeats], p % self.repeats) for p in range(start, start + self.batch_size)]
-            yield self.epoch, sorted(draws, key=lambda draw: draw[1])    # stable: within a view, in the epoch's order
+            draws = [(order[p // self.repeats], p % self.repeats)
+                     for p in range(start, start + self.batch_size)]
+            # stable: within a view, in the epoch's order
+            yield self.epoch, sorted(draws, key=lambda draw: draw[1])
 
 
 class Batches(Sampler):
@@ -223,7 +234,7 @@ class TrainBatches(Dataset):
         decoded = {index: self.images[index] for index in dict(draws)}
         pixels = torch.empty(len(draws), 3, self.image_size, self.image_size, dtype=torch.uint8)
         boxes = []
-        with torch.random.fork_rng(devices=[]):                          # with no workers this is the main process
+        with torch.random.fork_rng(devices=[]):                     # with no workers this is the main process
             for position, (index, view) in enumerate(draws):
                 torch.default_generator.manual_seed(seed_from(self.seed, epoch, index, view))
                 pixels[position] = self.transform(decoded[index][0])
@@ -239,7 +250,8 @@ def worker_options(workers):
     process itself, full of threads, once per epoch is to deadlock sooner or later."""
     if not workers:
         return {"pin_memory": torch.cuda.is_available()}
-    multiprocessing.set_forkserver_preload(["torchvision.transforms.v2", "torchvision.models", "torch.utils.tensorboard"])
+    multiprocessing.set_forkserver_preload(["torchvision.transforms.v2", "torchvision.models",
+                                            "torch.utils.tensorboard"])
     return {"pin_memory": torch.cuda.is_available(), "num_workers": workers, "persistent_workers": True,
             "multiprocessing_context": "forkserver", "worker_init_fn": outlive_signals}
 
@@ -252,7 +264,8 @@ def outlive_signals(worker):
 
 
 def train_loader(images, sampler, image_size, *, rand_augment=9.0, erasing=0.25, seed=0, workers=0):
-    """Batches as TrainBatches gives them, in the order of `sampler` (call its set_epoch before each epoch)."""
+    """Batches as TrainBatches gives them, in the order of `sampler` (call its
+    set_epoch before each epoch)."""
     dataset = TrainBatches(images, image_size, rand_augment=rand_augment, erasing=erasing, seed=seed)
     return DataLoader(dataset, sampler=Batches(sampler), batch_size=None, **worker_options(workers))
 
@@ -275,7 +288,8 @@ class EvalImages(Dataset):
         return self.transform(image), label
 
 
-def eval_loader(images, image_size, *, crop_ratio=0.875, batch_size=64, workers=0, rank=0, world_size=1, subset=None):
+def eval_loader(images, image_size, *, crop_ratio=0.875, batch_size=64, workers=0, rank=0, world_size=1,
+                subset=None):
     """Batches of (images uint8, labels). Every image (of `subset`: indices) goes to one rank, once;
     nothing is padded."""
     indices = range(len(images)) if subset is None else subset
@@ -319,7 +333,7 @@ def mix(images, labels, indices, num_classes, *, mixup=0.8, cutmix=1.0, group=25
     choices += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
     groups = math.ceil(len(images) / group) if choices else 1
     parts = []
-    for first in range(groups):                                          # a group: every groups-th image from `first` on
+    for first in range(groups):                               # a group: every groups-th image from `first` on
         part, numbers = (images[first::groups], labels[first::groups]), indices[first::groups]
         if choices and (numbers != numbers.roll(1)).all():
             parts.append(choices[torch.randint(len(choices), ())](*part))
@@ -344,11 +358,12 @@ class BadImage(RuntimeError):
 
 
 def read_rgb(path):
-    """Opens any image Pillow knows, as RGB, without regard to EXIF orientation, as the published numbers did."""
+    """Opens any image Pillow knows, as RGB, without regard to EXIF orientation, as the
+    published numbers did."""
     try:
         with open(path, "rb") as file:
             return Image.open(file).convert("RGB")
-    except Exception as error:                                           # Pillow raises anything from struct to zlib
+    except Exception as error:                                    # Pillow raises anything from struct to zlib
         raise BadImage(f"cannot read image {path}: {type(error).__name__}: {error}") from None
 
 
@@ -363,9 +378,9 @@ def class_folders(directory):
     classes = sorted(entry.name for entry in entries if entry.is_dir())
     if not classes:
         loose = sum(is_image(entry.name) for entry in entries)
-        raise ValueError(f"{directory} has {loose} images but no class folders: move each image into a folder "
-                         f"named for its class, {directory}/<class>/<image> (for ImageNet's flat val/, torchvision's "
-                         "datasets.ImageNet or the usual valprep script sorts them)")
+        raise ValueError(f"{directory} has {loose} images but no class folders: move each image into a "
+                         f"folder named for its class, {directory}/<class>/<image> (for ImageNet's flat "
+                         "val/, torchvision's datasets.ImageNet or the usual valprep script sorts them)")
     return classes
 
 
@@ -378,7 +393,8 @@ class Folder(datasets.ImageFolder):
         empty = sorted(set(range(len(self.classes))) - set(self.targets))
         if empty:
             names = ", ".join(self.classes[label] for label in empty[:5])
-            raise ValueError(f"{len(empty)} class folder(s) under {root} without images: {names}; fill or remove them")
+            raise ValueError(f"{len(empty)} class folder(s) under {root} without images: {names}; "
+                             "fill or remove them")
 
     def is_wanted(self, path):
         hidden = any(part.startswith(".") for part in os.path.relpath(path, self.folder).split(os.sep))
@@ -388,7 +404,8 @@ class Folder(datasets.ImageFolder):
 
     def find_classes(self, directory):
         classes = class_folders(directory)
-        self.ignored += sum(is_image(entry.name) for entry in os.scandir(directory))     # loose beside the class folders
+        # loose beside the class folders
+        self.ignored += sum(is_image(entry.name) for entry in os.scandir(directory))
         return classes, {name: label for label, name in enumerate(classes)}
 
 
@@ -397,7 +414,8 @@ def near(t):
     return np.abs(t - np.round(t))
 
 
-# The demo's classes: where a pattern of period 1 has ink, as a function of coordinates u to the right and v downwards.
+# The demo's classes: where a pattern of period 1 has ink, as a function of coordinates u to the
+# right and v downwards.
 PATTERNS = {
     "bricks": lambda u, v: np.minimum(near(v), 2 * near(u / 2 + np.floor(v) / 2)) > 0.08,
     "checkerboard": lambda u, v: np.floor(u) % 2 == np.floor(v) % 2,
@@ -435,7 +453,8 @@ class Demo(Dataset):
         x, y = np.meshgrid(*((np.arange(128) - c) / period for c in centre))
         cos, sin = math.cos(angle), math.sin(angle)
         ink = PATTERNS[self.classes[label]](x * cos + y * sin, y * cos - x * sin)
-        ink = ink.reshape(64, 2, 64, 2).mean(axis=(1, 3))[:, :, None]    # drawn at twice the size, for smooth edges
+        # drawn at twice the size, for smooth edges
+        ink = ink.reshape(64, 2, 64, 2).mean(axis=(1, 3))[:, :, None]
         dark, bright = rng.uniform(0, 90, 3), rng.uniform(165, 255, 3)
         pixels = dark * (1 - ink) + bright * ink + rng.normal(0, 8, (64, 64, 3))
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), label
@@ -443,7 +462,8 @@ class Demo(Dataset):
 
 def flowers102(root, train):
     """The paper's split: 2,040 images to train on (its train and val), 6,149 to test on."""
-    parts = [datasets.Flowers102(root, split, download=True) for split in (("train", "val") if train else ("test",))]
+    parts = [datasets.Flowers102(root, split, download=True)
+             for split in (("train", "val") if train else ("test",))]
     return ConcatDataset(parts), getattr(parts[0], "classes", [f"flower {label + 1}" for label in range(102)])
 
 
@@ -456,7 +476,8 @@ NAMED = {
     "cifar10": lambda root, train: with_classes(datasets.CIFAR10(root, train=train, download=True)),
     "cifar100": lambda root, train: with_classes(datasets.CIFAR100(root, train=train, download=True)),
     "flowers102": flowers102,
-    "pets": lambda root, train: with_classes(datasets.OxfordIIITPet(root, "trainval" if train else "test", download=True)),
+    "pets": lambda root, train: with_classes(
+        datasets.OxfordIIITPet(root, "trainval" if train else "test", download=True)),
 }
 
 
@@ -468,13 +489,14 @@ def open_split(data, *, train):
         return Split(*NAMED[data]("datasets", train))
     root, name = Path(data), "train" if train else "val"
     if not root.is_dir():
-        raise FileNotFoundError(f"no dataset {str(data)!r}: give a folder with train/ and val/ in it, or one of "
-                                f"{', '.join(NAMED)}")
+        raise FileNotFoundError(f"no dataset {str(data)!r}: give a folder with train/ and val/ in it, or "
+                                f"one of {', '.join(NAMED)}")
     if (root / name).is_dir():
         root = root / name
     elif train or (root / "train").is_dir():
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:5]) or "nothing"
-        raise FileNotFoundError(f"no {name}/ folder in {root} (found: {found}): put class folders of images in {root / name}")
+        raise FileNotFoundError(f"no {name}/ folder in {root} (found: {found}): put class folders of "
+                                f"images in {root / name}")
     folder = Folder(root)
     return Split(folder, folder.classes)
 
@@ -489,9 +511,12 @@ def open_dataset(data):
     """(training split, validation split), of the same classes. Raises ValueError where those differ."""
     train, val = open_split(data, train=True), open_split(data, train=False)
     if train.classes != val.classes:
-        only = {"train/": sorted(set(train.classes) - set(val.classes)), "val/": sorted(set(val.classes) - set(train.classes))}
-        parts = [f"{len(names)} only in {side} ({', '.join(names[:3])})" for side, names in only.items() if names]
-        raise ValueError(f"train/ and val/ of {data} have different classes: {', '.join(parts)}; they must be the same")
+        only = {"train/": sorted(set(train.classes) - set(val.classes)),
+                "val/": sorted(set(val.classes) - set(train.classes))}
+        parts = [f"{len(names)} only in {side} ({', '.join(names[:3])})"
+                 for side, names in only.items() if names]
+        raise ValueError(f"train/ and val/ of {data} have different classes: {', '.join(parts)}; "
+                         "they must be the same")
     return train, val
 
 
@@ -510,7 +535,7 @@ def contact_sheet(split, image_size, *, rows=8, seed=0):
     torch.manual_seed(seed)
     views = erase(normalize(pixels), boxes)
     mixed = []
-    for only in ({"cutmix": 0}, {"mixup": 0}):                           # groups of two: several lambdas on one sheet
+    for only in ({"cutmix": 0}, {"mixup": 0}):                   # groups of two: several lambdas on one sheet
         pairs = [mix(*part, len(split.classes), group=2, **only)[0]
                  for part in zip(views[:rows].split(2), labels[:rows].split(2), indices[:rows].split(2))]
         mixed.append(torch.cat(pairs))
@@ -520,10 +545,11 @@ def contact_sheet(split, image_size, *, rows=8, seed=0):
 
 
 def draw_grid(columns, titles, names):
-    """Columns of normalised images (rows, 3, S, S) as one picture with titles above and class names at the left."""
+    """Columns of normalised images (rows, 3, S, S) as one picture with titles above and
+    class names at the left."""
     mean, std = mean_and_std(torch.device("cpu"))
     side, gap, margin = columns[0].shape[-1], 6, 120
-    cell = max(side, 150)                                                # room for the titles over small images
+    cell = max(side, 150)                                              # room for the titles over small images
     sheet = Image.new("RGB", (margin + len(columns) * (cell + gap), 24 + len(names) * (cell + gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for row, name in enumerate(names):
@@ -560,19 +586,25 @@ def check(split, name, workers):
     """Opens every image; prints the bad ones and returns their number."""
     loader = DataLoader(Openable(split.images), batch_size=64, collate_fn=list, **worker_options(workers))
     bad = [reason for batch in tqdm(loader, desc=f"check {name}", unit="batch") for reason in batch if reason]
-    print(f"{name}: {len(split.images)} images, {len(split.classes)} classes{describe_ignored(split)}, {len(bad)} unreadable", *bad, sep="\n  ")
+    print(f"{name}: {len(split.images)} images, {len(split.classes)} classes{describe_ignored(split)}, "
+          f"{len(bad)} unreadable", *bad, sep="\n  ")
     return len(bad)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draws a contact sheet of what the model will see, or checks every image.")
-    parser.add_argument("data", metavar="DIR", help=f"folder with train/ and val/, or one of {', '.join(NAMED)}")
-    parser.add_argument("--check", action="store_true", help="open every image and list those that cannot be read")
+    parser = argparse.ArgumentParser(
+        description="Draws a contact sheet of what the model will see, or checks every image.")
+    parser.add_argument("data", metavar="DIR",
+                        help=f"folder with train/ and val/, or one of {', '.join(NAMED)}")
+    parser.add_argument("--check", action="store_true",
+                        help="open every image and list those that cannot be read")
     parser.add_argument("--image-size", type=int, default=224, help="pixels of a view (default 224)")
     parser.add_argument("--rows", type=int, default=8, help="pictures on the sheet (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other views (default 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes for --check (default: all cores)")
-    parser.add_argument("--output", default="contact_sheet.png", help="where the sheet goes (default contact_sheet.png)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(),
+                        help="processes for --check (default: all cores)")
+    parser.add_argument("--output", default="contact_sheet.png",
+                        help="where the sheet goes (default contact_sheet.png)")
     args = parser.parse_args()
     if args.rows < 1 or args.seed < 0 or args.image_size < 1 or args.workers < 0:
         parser.error("--rows and --image-size must be 1 or more, --seed and --workers 0 or more")
@@ -583,7 +615,8 @@ def main():
         contact_sheet(train, args.image_size, rows=args.rows, seed=args.seed).save(args.output)
     except (OSError, ValueError, BadImage) as error:
         sys.exit(f"data.py: {error}")
-    print(f"{args.output}: {min(args.rows, len(train.images))} of {len(train.images)} training images, {len(train.classes)} classes")
+    print(f"{args.output}: {min(args.rows, len(train.images))} of {len(train.images)} training images, "
+          f"{len(train.classes)} classes")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ section 4.
     python deit.py                                   prints the eight published models
 
     model = deit.create_model("tiny", distilled=True)             fresh weights
-    model = deit.load_model("tiny-distilled")                     published weights: 74.476 % top-1 on ImageNet
+    model = deit.load_model("tiny-distilled")                     published weights: 74.476 % top-1 on
+                                                                  ImageNet
     model = deit.load_model("any/checkpoint.pth", image_size=384) position grid resized to 24 x 24
 
 Shapes, at the right margin where they change: B images, N tokens, D channels, H heads, K classes.
@@ -35,7 +36,8 @@ SIZES = {
 
 
 class Published(NamedTuple):
-    """One checkpoint of the official repository, with the accuracies its README gives (ImageNet validation, %)."""
+    """One checkpoint of the official repository, with the accuracies its README gives
+    (ImageNet validation, %)."""
     size: str
     distilled: bool
     image_size: int
@@ -116,7 +118,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), each branch dropped per image with probability `drop_path`."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), each branch dropped per image with
+    probability `drop_path`."""
 
     def __init__(self, dim, heads, drop_path):
         super().__init__()
@@ -174,8 +177,9 @@ class DeiT(nn.Module):
 
     def embed(self, images):                                                      # (B, 3, S, S)
         if images.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"this model takes images of shape (B, 3, {self.image_size}, {self.image_size}), "
-                             f"not {tuple(images.shape)}; load_model(..., image_size=...) makes one for another size")
+            raise ValueError(f"this model takes images of shape (B, 3, {self.image_size}, "
+                             f"{self.image_size}), not {tuple(images.shape)}; "
+                             "load_model(..., image_size=...) makes one for another size")
         patches = self.patch_embed(images)
         tokens = [token.expand(len(images), -1, -1) for token in self.tokens]
         return torch.cat((*tokens, patches), dim=1) + self.pos_embed              # (B, N, D)
@@ -185,19 +189,22 @@ class DeiT(nn.Module):
         x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
-        # The heads read nothing but these tokens, so the last block computes no others: same output, 7 % fewer FLOPs.
+        # The heads read nothing but these tokens, so the last block computes no others: same
+        # output, 7 % fewer FLOPs.
         x = self.blocks[-1](x, len(self.tokens))                                  # (B, 1 or 2, D)
         return self.norm(x)
 
     def forward_heads(self, images):
-        """(class logits, distillation logits), each (B, K), in training and in evaluation mode. Distilled models only."""
+        """(class logits, distillation logits), each (B, K), in training and in evaluation mode.
+        Distilled models only."""
         if not self.distilled:
             raise ValueError("forward_heads needs a distilled model; this one has only the class head")
         x = self.features(images)
         return self.head(x[:, 0]), self.head_dist(x[:, 1])                        # 2 x (B, K)
 
     def forward(self, images):
-        """Logits (B, K). A distilled model gives the pair of its heads in training mode and their mean in evaluation.
+        """Logits (B, K). A distilled model gives the pair of its heads in training mode and
+        their mean in evaluation.
 
         The paper's section 4 adds the two softmaxes; the official code, whose numbers are the published
         ones, averages the logits, and so do we.
@@ -205,11 +212,13 @@ class DeiT(nn.Module):
         if not self.distilled:
             return self.head(self.features(images)[:, 0])                         # (B, K)
         class_logits, distillation_logits = self.forward_heads(images)
-        return (class_logits, distillation_logits) if self.training else (class_logits + distillation_logits) / 2
+        return ((class_logits, distillation_logits) if self.training else
+                (class_logits + distillation_logits) / 2)
 
     def attention_maps(self, images):
-        """(B, depth, H, N, N): how much each token (row) of each block attends to each (column); rows sum to 1.
-        Tokens are in the order class, distillation (if distilled), patches row by row."""
+        """(B, depth, H, N, N): how much each token (row) of each block attends to each (column);
+        rows sum to 1. Tokens are in the order class, distillation (if distilled), patches row
+        by row."""
         x, maps = self.embed(images), []
         for block in self.blocks:
             maps.append(block.attn.maps(block.norm1(x)))
@@ -218,18 +227,21 @@ class DeiT(nn.Module):
 
 
 def create_model(size, *, distilled=False, image_size=224, num_classes=1000, drop_path=0.0):
-    """A DeiT with fresh weights. Raises ValueError for an unknown size or an image size that is no multiple of 16."""
+    """A DeiT with fresh weights. Raises ValueError for an unknown size or an image size that
+    is no multiple of 16."""
     if size not in SIZES:
         raise ValueError(f"unknown model size {size!r}: choose one of {', '.join(SIZES)}")
     if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
         near = max(PATCH_SIZE, round(image_size / PATCH_SIZE) * PATCH_SIZE)
-        raise ValueError(f"image size {image_size} is not a multiple of the patch size {PATCH_SIZE}: try {near}")
-    return DeiT(*SIZES[size], distilled=distilled, image_size=image_size, num_classes=num_classes, drop_path=drop_path)
+        raise ValueError(f"image size {image_size} is not a multiple of the patch size {PATCH_SIZE}: "
+                         f"try {near}")
+    return DeiT(*SIZES[size], distilled=distilled, image_size=image_size, num_classes=num_classes,
+                drop_path=drop_path)
 
 
 def count_macs(model):
-    """Multiply-accumulates for one image: patches, blocks (attention products included) and heads, counted for the
-    architecture as published, that is without the saving in the last block."""
+    """Multiply-accumulates for one image: patches, blocks (attention products included) and heads,
+    counted for the architecture as published, that is without the saving in the last block."""
     num_tokens, dim = model.pos_embed.shape[1:]
     num_patches = num_tokens - len(model.tokens)
     blocks = DEPTH * (12 * num_tokens * dim**2 + 2 * num_tokens**2 * dim)
@@ -239,19 +251,22 @@ def count_macs(model):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints: four layouts, one set of names
 
-# What turns other projects' parameter names into the official ones: regular expressions, all applied in this order.
+# What turns other projects' parameter names into the official ones: regular expressions, all
+# applied in this order.
 MMPRETRAIN_NAMES = {
     r"^backbone\.ln1\.": "norm.", r"^backbone\.layers\.": "blocks.", r"^backbone\.|^head\.layers\.": "",
     r"\.projection\.": ".proj.", r"\.ln([12])\.": r".norm\1.",
     r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.", r"\.ffn\.layers\.1\.": ".mlp.fc2.",
 }
-HUGGING_FACE_NAMES = {                                                   # files on the hub | memory of transformers 5
+HUGGING_FACE_NAMES = {                                           # files on the hub | memory of transformers 5
     r"^(deit|vit)\.(encoder\.layer|layers)\.": "blocks.", r"^(deit|vit)\.(embeddings\.)?": "",
     "^distillation_token$": "dist_token", "^position_embeddings$": "pos_embed",
     r"^patch_embeddings\.projection\.": "patch_embed.proj.",
     r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.", r"^layernorm\.": "norm.",
-    r"\.attention\.(attention\.query|q_proj)\.": ".attn.q.", r"\.attention\.(attention\.key|k_proj)\.": ".attn.k.",
-    r"\.attention\.(attention\.value|v_proj)\.": ".attn.v.", r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
+    r"\.attention\.(attention\.query|q_proj)\.": ".attn.q.",
+    r"\.attention\.(attention\.key|k_proj)\.": ".attn.k.",
+    r"\.attention\.(attention\.value|v_proj)\.": ".attn.v.",
+    r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
     r"\.intermediate\.dense\.": ".mlp.fc1.", r"\.output\.dense\.": ".mlp.fc2.",
     r"^distillation_classifier\.": "head_dist.", r"^(cls_)?classifier\.": "head.",
 }
@@ -269,7 +284,8 @@ def rename(state, rules):
 
 
 def official_names(state):
-    """Renames a state dict of any of the four layouts to the official names, joining split query, key and value."""
+    """Renames a state dict of any of the four layouts to the official names, joining split
+    query, key and value."""
     state = rename(state, {r"^(module\.|_orig_mod\.)+": ""})
     if "backbone.cls_token" in state:
         return rename(state, MMPRETRAIN_NAMES)
@@ -309,14 +325,15 @@ def read_checkpoint(source):
             path = download(source)
         if path.endswith(".safetensors"):
             return read_safetensors(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):     # the official code keeps its args in the file
+        # the official code keeps its args in the file
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights file {source!r}; a path, an https URL or one of "
                                 f"{', '.join(PUBLISHED)} is expected") from None
     except OSError as error:                                             # no network, a folder, no permission
         raise OSError(f"cannot read weights {source!r}: {error}") from None
-    except Exception as error:                                           # a damaged file can make torch raise anything
+    except Exception as error:                                  # a damaged file can make torch raise anything
         where = source if path == source else f"{source} (delete {path} to fetch it again)"
         raise ValueError(f"{where} is not a checkpoint of tensors and plain values: {why(error)}") from None
 
@@ -326,7 +343,8 @@ def why(error):
     blocked = re.search(r"GLOBAL (\S+)", str(error))
     if blocked:
         return f"it holds a {blocked[1]}, which cannot be read without executing code"
-    return str(error).split("\n")[0][:200] if isinstance(error, RuntimeError) else "it is damaged, or of another format"
+    return (str(error).split("\n")[0][:200] if isinstance(error, RuntimeError) else
+            "it is damaged, or of another format")
 
 
 def read_safetensors(path):
@@ -349,7 +367,8 @@ def find_weights(checkpoint, source, *, ema=False):
     if ema and state is None:
         raise ValueError(f"{source} holds no averaged (EMA) weights: leave --ema out")
     state = checkpoint if state is None else state
-    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in state.items()
+               if isinstance(name, str) and isinstance(value, torch.Tensor)}
     state = official_names(tensors)
     needed = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
     return state if all(name in state and state[name].ndim == ndim for name, ndim in needed.items()) else None
@@ -376,15 +395,18 @@ def describe_keys(checkpoint):
 def check_architecture(state, source):
     """(size, distilled, image size, classes) of official weights. Raises ValueError for another vision
     transformer."""
-    dim, distilled, patch_size = state["cls_token"].shape[2], "dist_token" in state, state["patch_embed.proj.weight"].shape[3]
+    dim, distilled, patch_size = (state["cls_token"].shape[2], "dist_token" in state,
+                                  state["patch_embed.proj.weight"].shape[3])
     size = next((name for name, (width, _) in SIZES.items() if width == dim), None)
     positions, num_tokens = state["pos_embed"].shape[1], 2 if distilled else 1
     side, head = math.isqrt(max(0, positions - num_tokens)), state.get("head.weight")
     problem = (f"its width is {dim} (DeiT: 192, 384 or 768)" if size is None else
                f"its patches have {patch_size} pixels (DeiT: 16)" if patch_size != PATCH_SIZE else
-               f"it has {positions} positions, which is no square and {num_tokens}" if side < 1 or side**2 + num_tokens != positions else
+               f"it has {positions} positions, which is no square and {num_tokens}"
+               if side < 1 or side**2 + num_tokens != positions else
                "it has no classifier (head.weight)" if head is None or head.ndim != 2 or not len(head) else
-               "it has a distillation token but no distillation head" if distilled and "head_dist.weight" not in state else None)
+               "it has a distillation token but no distillation head"
+               if distilled and "head_dist.weight" not in state else None)
     if problem:
         raise ValueError(f"{source} is a vision transformer, but no DeiT: {problem}")
     return size, distilled, side * PATCH_SIZE, len(head)
@@ -402,8 +424,9 @@ def load_model(source, *, image_size=None, num_classes=None, drop_path=0.0, ema=
     checkpoint = read_checkpoint(source) if checkpoint is None else checkpoint
     state = find_weights(checkpoint, source, ema=ema)
     if state is None:
-        raise ValueError(f"no DeiT in {source}: expected cls_token, pos_embed, patch_embed.proj.weight, ... (or "
-                         f"mmpretrain's or Hugging Face's names for them), found {describe_keys(checkpoint)}")
+        raise ValueError(f"no DeiT in {source}: expected cls_token, pos_embed, "
+                         "patch_embed.proj.weight, ... (or mmpretrain's or Hugging Face's names for "
+                         f"them), found {describe_keys(checkpoint)}")
     size, distilled, file_image_size, file_classes = check_architecture(state, source)
     image_size = file_image_size if image_size is None else image_size
     model = create_model(size, distilled=distilled, drop_path=drop_path, image_size=image_size,
@@ -412,25 +435,30 @@ def load_model(source, *, image_size=None, num_classes=None, drop_path=0.0, ema=
     if model.num_classes != file_classes:
         print(f"{source}: fresh head for {model.num_classes} classes in place of the file's {file_classes}")
         heads = ("head", "head_dist") if distilled else ("head",)
-        state |= {f"{head}.{name}": value for head in heads for name, value in getattr(model, head).state_dict().items()}
+        state |= {f"{head}.{name}": value
+                  for head in heads for name, value in getattr(model, head).state_dict().items()}
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = "; ".join(line.strip() for line in str(error).split("\n")[1:])[:300]
-        raise ValueError(f"{source} does not fit DeiT-{size}{' distilled' if distilled else ''}: {reason}") from None
+        raise ValueError(f"{source} does not fit DeiT-{size}{' distilled' if distilled else ''}: "
+                         f"{reason}") from None
     return model.eval()
 
 
 def main():
     parser = argparse.ArgumentParser(description="Prints the table of the eight published models.")
     parser.parse_args()
-    print(f"{'model':<20}{'tokens':>7}{'image':>7}{'parameters':>12}{'GMACs':>9}{'top-1':>9}{'top-5':>9}  file")
+    print(f"{'model':<20}{'tokens':>7}{'image':>7}{'parameters':>12}"
+          f"{'GMACs':>9}{'top-1':>9}{'top-5':>9}  file")
     for name, published in PUBLISHED.items():
         with torch.device("meta"):                                       # shapes only: nothing is allocated
-            model = create_model(published.size, distilled=published.distilled, image_size=published.image_size)
+            model = create_model(published.size, distilled=published.distilled,
+                                 image_size=published.image_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"{name:<20}{model.pos_embed.shape[1]:>7}{published.image_size:>7}{parameters:>12,}"
-              f"{count_macs(model) / 1e9:>9.4f}{published.top1:>9.3f}{published.top5:>9.3f}  {published.file}")
+              f"{count_macs(model) / 1e9:>9.4f}{published.top1:>9.3f}{published.top5:>9.3f}"
+              f"  {published.file}")
     print("top-1 and top-5: as published by the authors, ImageNet validation, %")
 
 

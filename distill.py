@@ -26,7 +26,8 @@ def hard_distillation(logits, teacher_logits):
 
 
 def soft_distillation(logits, teacher_logits, temperature):
-    """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)), averaged over images: second term of equation 2.
+    """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)), averaged over images:
+    second term of equation 2.
 
     The official code divides the sum by B K instead of B, so its term is K times smaller than the
     paper's. Writing a for its alpha, the same direction of the gradient comes from alpha = (a / K) / (1
@@ -57,19 +58,24 @@ def distillation_loss(class_logits, distillation_logits, targets, teacher_logits
 
 
 def main():
-    argparse.ArgumentParser(description="Works the objectives through on one image and two classes.").parse_args()
-    # With two classes and logits (log a, log b), the softmax is (a, b) / (a + b): every number below is a fraction.
+    argparse.ArgumentParser(
+        description="Works the objectives through on one image and two classes.").parse_args()
+    # With two classes and logits (log a, log b), the softmax is (a, b) / (a + b): every
+    # number below is a fraction.
     class_logits = torch.tensor([[3.0, 1.0]]).log()
     distillation_logits = torch.tensor([[1.0, 1.0]]).log()
     teacher_logits = torch.tensor([[1.0, 4.0]]).log()
     label = torch.tensor([0])
     print("one image, two classes, label 0; softmax of each:")
-    print("  class head         (3/4, 1/4)\n  distillation head  (1/2, 1/2)\n  teacher            (1/5, 4/5): says class 1\n")
+    print("  class head         (3/4, 1/4)\n"
+          "  distillation head  (1/2, 1/2)\n"
+          "  teacher            (1/5, 4/5): says class 1\n")
 
     loss, class_term, hard = distillation_loss(class_logits, distillation_logits, label, teacher_logits)
     print(f"class term           -log 3/4                            = {class_term:.4f}")
     print(f"hard distillation    -log 1/2                            = {hard:.4f}")
-    print(f"hard loss            1/2 {class_term:.4f} + 1/2 {hard:.4f}             = {loss:.4f}      (equation 3)\n")
+    print(f"hard loss            1/2 {class_term:.4f} + 1/2 {hard:.4f}             = {loss:.4f}"
+          "      (equation 3)\n")
 
     loss, class_term, soft = distillation_loss(class_logits, distillation_logits, label, teacher_logits,
                                                kind="soft", alpha=0.1, temperature=1.0)
@@ -77,7 +83,8 @@ def main():
     print(f"soft loss            9/10 {class_term:.4f} + 1/10 {soft:.4f}           = {loss:.4f}      "
           "(equation 2, lambda 0.1, tau 1)")
     print(f"  with tau 2         softmax of half the logits: teacher (1/3, 2/3)\n"
-          f"                     4 (1/3 log 2/3 + 2/3 log 4/3)       = {soft_distillation(distillation_logits, teacher_logits, 2.0):.4f}")
+          f"                     4 (1/3 log 2/3 + 2/3 log 4/3)       = "
+          f"{soft_distillation(distillation_logits, teacher_logits, 2.0):.4f}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python evaluate.py --weights deit.pth --data imagenet/val
     python evaluate.py --weights tiny-distilled --data imagenet           74.476 / 91.920, as published
     torchrun --nproc_per_node 4 evaluate.py --weights deit.pth --data imagenet/val
-    python evaluate.py --weights tiny --image a.jpg b.png                 the five likeliest classes of each picture
+    python evaluate.py --weights tiny --image a.jpg b.png                 the five likeliest classes
+                                                                          of each picture
     python evaluate.py --weights tiny --image a.jpg --attention map.png   and where the model looks
 
 Architecture, heads, image size and classes are read from the file; a RegNet teacher is evaluated the
@@ -33,7 +34,8 @@ import deit
 import teacher
 
 BATCH_SIZE = 64
-NOISE = 0.15        # points: the same weights differ by up to 0.146 top-5 between official and timm's published tables
+# points: the same weights differ by up to 0.146 top-5 between official and timm's published tables
+NOISE = 0.15
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -52,12 +54,14 @@ class Place(NamedTuple):
 def join_processes():
     """Joins the process group if torchrun started this process (nccl on GPUs, gloo on CPUs). Raises
     ValueError if there are more processes on this machine than GPUs."""
-    rank, world_size, local_rank, local_world_size = (int(os.environ.get(name, default)) for name, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    torch.backends.cudnn.allow_tf32 = False                              # float32 is to mean float32 in convolutions too
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(name, default)) for name, default in (
+            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    torch.backends.cudnn.allow_tf32 = False                   # float32 is to mean float32 in convolutions too
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and local_world_size > gpus:
-        raise ValueError(f"{local_world_size} processes on a machine with {gpus} GPUs: --nproc_per_node {gpus}")
+        raise ValueError(f"{local_world_size} processes on a machine with {gpus} GPUs: "
+                         f"--nproc_per_node {gpus}")
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
@@ -84,7 +88,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, printed by one process."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n" if os.environ.get("RANK", "0") == "0" else None)
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n"
+                  if os.environ.get("RANK", "0") == "0" else None)
 
 
 @contextlib.contextmanager
@@ -95,17 +100,18 @@ def one_line_errors(program, *mistakes):
         yield
     except mistakes as error:
         if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, data.BadImage):
-            time.sleep(10)                                               # the first process says it, unless it has no error
-        reason = str(error).strip().split("\n")[-1]                      # a loader's worker puts its traceback before
+            time.sleep(10)                                 # the first process says it, unless it has no error
+        reason = str(error).strip().split("\n")[-1]              # a loader's worker puts its traceback before
         print(f"{program}: {reason.removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)
         sys.exit(1)
     except RuntimeError as error:
-        if not dist.is_initialized() or not re.search("connection|peer|timed out|timeout", str(error), re.IGNORECASE):
+        if not dist.is_initialized() or not re.search("connection|peer|timed out|timeout", str(error),
+                                                      re.IGNORECASE):
             raise
         time.sleep(2)                                                    # let the one that failed speak first
-        print(f"{program}: rank {dist.get_rank()} leaves, another process is gone or stuck: {str(error).splitlines()[0][:150]}",
-              file=sys.stderr, flush=True)
-        os._exit(1)                                                      # a broken process group cannot be taken down
+        print(f"{program}: rank {dist.get_rank()} leaves, another process is gone or stuck: "
+              f"{str(error).splitlines()[0][:150]}", file=sys.stderr, flush=True)
+        os._exit(1)                                              # a broken process group cannot be taken down
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -113,7 +119,8 @@ def one_line_errors(program, *mistakes):
 
 
 class Score(NamedTuple):
-    """Sums over images. The loss is a sum in units of 2^-32, an integer, so that no order of adding changes it."""
+    """Sums over images. The loss is a sum in units of 2^-32, an integer, so that no order
+    of adding changes it."""
     images: int
     correct1: int
     correct5: int
@@ -131,7 +138,8 @@ class Score(NamedTuple):
 
     @property
     def loss(self):
-        """Cross-entropy, mean over images. (The official code takes the mean over batches, the last being smaller.)"""
+        """Cross-entropy, mean over images. (The official code takes the mean over batches,
+        the last being smaller.)"""
         return float("nan") if self.not_finite else self.loss_units / 2**32 / self.images
 
 
@@ -141,15 +149,18 @@ def count(logits, labels):
     losses = F.cross_entropy(logits.float(), labels, reduction="none").double()
     finite = losses.isfinite()
     units = (losses.where(finite, 0) * 2**32).round().long()
-    return torch.stack([hits.new_ones(len(labels)).sum(), hits[:, 0].sum(), hits.sum(), units.sum(), (~finite).sum()])
+    return torch.stack([hits.new_ones(len(labels)).sum(), hits[:, 0].sum(), hits.sum(), units.sum(),
+                        (~finite).sum()])
 
 
 def predict(model, images):
-    """{head: logits (B, K)}: class, distillation and mean for a distilled DeiT, mean alone for any other model."""
+    """{head: logits (B, K)}: class, distillation and mean for a distilled DeiT, mean
+    alone for any other model."""
     if not getattr(model, "distilled", False):
         return {"mean": model(images)}
     class_logits, distillation_logits = model.forward_heads(images)
-    return {"class": class_logits, "distillation": distillation_logits, "mean": (class_logits + distillation_logits) / 2}
+    return {"class": class_logits, "distillation": distillation_logits,
+            "mean": (class_logits + distillation_logits) / 2}
 
 
 @torch.no_grad()
@@ -174,7 +185,8 @@ def evaluate(model, loader, device, *, columns=None, progress=False):
             sums[head] = sums.get(head, 0) + count(logits[: len(labels)], labels)
     model.train(was_training)
     heads = ("class", "distillation", "mean") if getattr(model, "distilled", False) else ("mean",)
-    totals = torch.stack([sums[head] if sums else torch.zeros(5, dtype=torch.int64, device=device) for head in heads])
+    totals = torch.stack([sums[head] if sums else torch.zeros(5, dtype=torch.int64, device=device)
+                          for head in heads])
     if dist.is_initialized():
         dist.all_reduce(totals)
     return {head: Score(*row) for head, row in zip(heads, totals.tolist())}
@@ -194,13 +206,15 @@ class Loaded(NamedTuple):
 
 
 def load_any(source, *, image_size=None, ema=False):
-    """A DeiT or a RegNet from a path, an https URL or a published name. Raises OSError or ValueError naming it."""
+    """A DeiT or a RegNet from a path, an https URL or a published name. Raises OSError or
+    ValueError naming it."""
     checkpoint = teacher.read_weights(source) if teacher.weights_url(source) else deit.read_checkpoint(source)
     content = checkpoint if isinstance(checkpoint, dict) else {}
     if teacher.find_weights(checkpoint):
         if ema and not content.get("model_ema"):
             raise ValueError(f"{source} holds no averaged (EMA) weights: leave --ema out")
-        model = teacher.load_regnet(source, checkpoint=content | {"model": content["model_ema"]} if ema else content)
+        model = teacher.load_regnet(
+            source, checkpoint=content | {"model": content["model_ema"]} if ema else content)
         recipe = content.get("recipe")
         image_size = image_size or (recipe["image_size"] if isinstance(recipe, dict) else 224)
         num_classes = model.fc.out_features
@@ -208,7 +222,8 @@ def load_any(source, *, image_size=None, ema=False):
         model = deit.load_model(source, checkpoint=checkpoint, image_size=image_size, ema=ema)
         image_size, num_classes = model.image_size, model.num_classes
     classes = content.get("classes")
-    named = isinstance(classes, list) and len(classes) == num_classes and all(isinstance(name, str) for name in classes)
+    named = (isinstance(classes, list) and len(classes) == num_classes
+             and all(isinstance(name, str) for name in classes))
     return Loaded(model, image_size, num_classes, classes if named else None)
 
 
@@ -228,19 +243,22 @@ def match_classes(folder, loaded, reference=None):
     if reference and not known:
         known = data.class_folders(reference)
         if len(known) != loaded.num_classes or not are_wordnet_ids(known):
-            raise ValueError(f"--reference {reference} has {len(known)} class folders ({known[0]}, ...): give a complete train/ or "
-                             f"val/ with the WordNet ids of the model's {loaded.num_classes} classes")
+            raise ValueError(f"--reference {reference} has {len(known)} class folders ({known[0]}, ...): "
+                             "give a complete train/ or val/ with the WordNet ids of the model's "
+                             f"{loaded.num_classes} classes")
     if imagenet and all(re.fullmatch(r"\d{1,4}", name, re.ASCII) for name in folder) and (
             sorted(map(int, folder)) == list(range(1000))):
         return [int(name) for name in folder]
     if known:
         strange = [name for name in folder if name not in known]
         if strange:
-            raise ValueError(f"the weights are for other classes than the data: {len(strange)} of {len(folder)} folder(s) unknown to "
-                             f"the model, such as {strange[0]!r}; it knows {', '.join(map(repr, known[:2]))}, ...")
+            raise ValueError(f"the weights are for other classes than the data: {len(strange)} of "
+                             f"{len(folder)} folder(s) unknown to the model, such as {strange[0]!r}; "
+                             f"it knows {', '.join(map(repr, known[:2]))}, ...")
         return None if folder == known else [known.index(name) for name in folder]
     if len(folder) != loaded.num_classes:
-        raise ValueError(f"the model knows {loaded.num_classes} classes and the data has {len(folder)}: {missing_advice(folder)}")
+        raise ValueError(f"the model knows {loaded.num_classes} classes and the data has {len(folder)}: "
+                         f"{missing_advice(folder)}")
     return None
 
 
@@ -253,40 +271,44 @@ def missing_advice(folder):
         return f"{len(others)} folder(s) are not WordNet ids, such as {others[0]!r}: move them away"
     if len(folder) > 1000:
         return "this is more than ImageNet-1k: give its 1000 classes"
-    return ("class folders are missing; if this is meant as a part of ImageNet, add --reference DIR, a folder with all 1000 "
-            "class folders, to know their order")
+    return ("class folders are missing; if this is meant as a part of ImageNet, add --reference DIR, "
+            "a folder with all 1000 class folders, to know their order")
 
 
 def imagenet_notes(split, loaded):
-    """What would make the numbers incomparable with published ones: lines to print before a run on 1000 classes."""
+    """What would make the numbers incomparable with published ones: lines to print before
+    a run on 1000 classes."""
     if not isinstance(split.images, data.Folder):
         return []
     notes, counts = [], collections.Counter(split.images.targets)
     named = are_wordnet_ids(split.classes) or all(name.isdigit() for name in split.classes)
     if not named and not loaded.classes:
-        notes.append(f"class folders are not WordNet ids (n01440764, ...) but {split.classes[0]!r}, ...: ImageNet's order of "
-                     "classes is that of the ids, with other names the labels are wrong")
+        notes.append(f"class folders are not WordNet ids (n01440764, ...) but {split.classes[0]!r}, ...: "
+                     "ImageNet's order of classes is that of the ids, with other names the labels are wrong")
     odd = [label for label in counts if counts[label] != 50]
     if odd:
         hint = ("as many as the training set's; give val/, or rename the two if train/ and val/ are swapped"
                 if len(split.images) > 100_000 else "it is not the whole validation set")
-        notes.append(f"{len(odd)} of {len(split.classes)} classes do not have 50 images ({split.classes[odd[0]]} has "
-                     f"{counts[odd[0]]}): {hint}")
+        notes.append(f"{len(odd)} of {len(split.classes)} classes do not have 50 images "
+                     f"({split.classes[odd[0]]} has {counts[odd[0]]}): {hint}")
     return notes
 
 
 def verdict(weights, image_size, crop_ratio, score):
-    """How a result compares with the published one; None if the weights (by name or file name) are not published."""
+    """How a result compares with the published one; None if the weights (by name or file
+    name) are not published."""
     names = [name for name, published in deit.PUBLISHED.items()
              if weights == name or os.path.basename(weights) == published.file]
     if not names:
         return None
     published = deit.PUBLISHED[names[0]]
     differences = score.top1 - published.top1, score.top5 - published.top5
-    judgement = (f"not comparable, these are {score.images:,} images and not 50,000" if score.images != 50_000 else
+    judgement = (f"not comparable, these are {score.images:,} images and not 50,000"
+                 if score.images != 50_000 else
                  f"not comparable, published at {published.image_size} pixels and crop ratio 0.875"
                  if (image_size, crop_ratio) != (published.image_size, 0.875) else
-                 "within noise" if max(map(abs, differences)) <= NOISE else "not explained by noise: check your data")
+                 "within noise" if max(map(abs, differences)) <= NOISE else
+                 "not explained by noise: check your data")
     return (f"published: Acc@1 {published.top1:.3f} Acc@5 {published.top5:.3f}; "
             f"difference {differences[0]:+.3f} {differences[1]:+.3f}: {judgement}")
 
@@ -296,7 +318,8 @@ def verdict(weights, image_size, crop_ratio, score):
 
 
 def class_names(loaded):
-    """Names to show for the model's classes: ImageNet's from torchvision, else the checkpoint's, else numbers."""
+    """Names to show for the model's classes: ImageNet's from torchvision, else the
+    checkpoint's, else numbers."""
     if loaded.num_classes == 1000 and (not loaded.classes or are_wordnet_ids(loaded.classes)):
         return ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     return loaded.classes or [f"class {label}" for label in range(loaded.num_classes)]
@@ -335,7 +358,8 @@ def highlight(images, patches):
 
 @torch.no_grad()
 def describe_pictures(loaded, paths, device, crop_ratio, attention):
-    """Prints the five likeliest classes of each picture; writes the attention figure if a path for it is given."""
+    """Prints the five likeliest classes of each picture; writes the attention figure if a
+    path for it is given."""
     if attention and not isinstance(loaded.model, deit.DeiT):
         raise ValueError("--attention needs a DeiT; a convnet has no attention to show")
     transform, names = data.eval_transform(loaded.image_size, crop_ratio=crop_ratio), class_names(loaded)
@@ -344,13 +368,17 @@ def describe_pictures(loaded, paths, device, crop_ratio, attention):
         image = data.normalize(transform(data.read_rgb(path))[None].to(device))
         probabilities = predict(loaded.model, image)["mean"].softmax(dim=1)[0]
         top = probabilities.topk(min(5, loaded.num_classes))
-        print(path, *(f"  {100 * value:6.2f} %  {names[label]}" for value, label in zip(*map(torch.Tensor.tolist, top))), sep="\n")
+        print(path, *(f"  {100 * value:6.2f} %  {names[label]}"
+                      for value, label in zip(*map(torch.Tensor.tolist, top))), sep="\n")
         if attention:
-            figures.append({title: pictures.cpu() for title, pictures in attention_columns(loaded.model, image).items()})
+            figures.append({title: pictures.cpu()
+                            for title, pictures in attention_columns(loaded.model, image).items()})
     if attention:
         columns = [torch.cat([figure[title] for figure in figures]) for title in figures[0]]
-        data.draw_grid(columns, list(figures[0]), [os.path.basename(path) for path in paths]).save(attention, format="PNG")
-        print(f"{attention}: attention of {'class and distillation token' if loaded.model.distilled else 'the class token'}")
+        data.draw_grid(columns, list(figures[0]),
+                       [os.path.basename(path) for path in paths]).save(attention, format="PNG")
+        print(f"{attention}: attention of "
+              f"{'class and distillation token' if loaded.model.distilled else 'the class token'}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -358,29 +386,38 @@ def describe_pictures(loaded, paths, device, crop_ratio, attention):
 
 
 def parse_flags():
-    parser = OneLineParser(description="Top-1, top-5 and loss of a checkpoint; or the classes of single pictures.",
-                           allow_abbrev=False)
+    parser = OneLineParser(
+        description="Top-1, top-5 and loss of a checkpoint; or the classes of single pictures.",
+        allow_abbrev=False)
     parser.add_argument("--weights", required=True, metavar="W",
-                        help=f"a file, an https URL or a published name: {', '.join(deit.PUBLISHED)}; or a teacher")
+                        help=f"a file, an https URL or a published name: {', '.join(deit.PUBLISHED)}; "
+                        "or a teacher")
     parser.add_argument("--data", metavar="DIR",
                         help=f"a folder with val/, the val folder itself, or one of {', '.join(data.NAMED)}")
     parser.add_argument("--image", nargs="+", metavar="FILE", help="pictures to name, in place of --data")
-    parser.add_argument("--attention", metavar="PNG", help="with --image: draw what the model's tokens attend to")
-    parser.add_argument("--reference", metavar="DIR", help="a complete ImageNet train/ or val/: tells which class is which "
-                        "when --data has a part of the 1000 (ImageNet-100, Imagenette, ImageNet-A, ImageNet-R)")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"images per process (default {BATCH_SIZE})")
+    parser.add_argument("--attention", metavar="PNG",
+                        help="with --image: draw what the model's tokens attend to")
+    parser.add_argument("--reference", metavar="DIR",
+                        help="a complete ImageNet train/ or val/: tells which class is which when --data "
+                        "has a part of the 1000 (ImageNet-100, Imagenette, ImageNet-A, ImageNet-R)")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE,
+                        help=f"images per process (default {BATCH_SIZE})")
     parser.add_argument("--image-size", type=int, help="evaluate at another size than the file's (pixels)")
-    parser.add_argument("--crop-ratio", type=float, default=0.875, help="share of the short side kept (default 0.875)")
+    parser.add_argument("--crop-ratio", type=float, default=0.875,
+                        help="share of the short side kept (default 0.875)")
     parser.add_argument("--ema", action="store_true", help="the averaged weights of a training checkpoint")
-    parser.add_argument("--workers", type=int, help="loader processes (default: usable CPUs / processes here)")
+    parser.add_argument("--workers", type=int,
+                        help="loader processes (default: usable CPUs / processes here)")
     args = parser.parse_args()
     if not args.data and not args.image:
         parser.error("give --data DIR to evaluate on, or --image FILE ... to look at")
     if args.data and args.image or args.attention and not args.image:
-        parser.error("--data evaluates; --image names single pictures, with --attention as a figure: one or the other")
-    if args.batch_size < 1 or args.image_size is not None and args.image_size < 1 or (args.workers or 0) < 0 or (
-            not 0 < args.crop_ratio <= 1):
-        parser.error("--batch-size and --image-size must be 1 or more, --crop-ratio above 0 and at most 1, --workers 0 or more")
+        parser.error("--data evaluates; --image names single pictures, with --attention as a figure: "
+                     "one or the other")
+    if (args.batch_size < 1 or args.image_size is not None and args.image_size < 1
+            or (args.workers or 0) < 0 or not 0 < args.crop_ratio <= 1):
+        parser.error("--batch-size and --image-size must be 1 or more, --crop-ratio above 0 and at most "
+                     "1, --workers 0 or more")
     if args.attention and not os.path.isdir(os.path.dirname(args.attention) or "."):
         parser.error(f"--attention {args.attention}: there is no such folder")
     return args
@@ -392,22 +429,27 @@ def score(args, loaded, split, place):
     workers = usable_cpus() // place.local_world_size if args.workers is None else args.workers
     if place.rank == 0:
         parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-        print(f"{args.weights}: {parameters:,} parameters, {loaded.num_classes} classes, image size {loaded.image_size}")
-        print(f"{args.data}: {len(split.images):,} images{data.describe_ignored(split)}; short side to {data.short_side(loaded.image_size, args.crop_ratio)}, "
+        print(f"{args.weights}: {parameters:,} parameters, {loaded.num_classes} classes, "
+              f"image size {loaded.image_size}")
+        print(f"{args.data}: {len(split.images):,} images{data.describe_ignored(split)}; "
+              f"short side to {data.short_side(loaded.image_size, args.crop_ratio)}, "
               f"bicubic, centre {loaded.image_size} x {loaded.image_size}")
         if columns and len(columns) < loaded.num_classes:
-            print(f"the data has {len(columns)} of the model's {loaded.num_classes} classes: matched by name, and the "
-                  "choice is among these only")
+            print(f"the data has {len(columns)} of the model's {loaded.num_classes} classes: "
+                  "matched by name, and the choice is among these only")
         elif columns:
             print("the data has the model's classes in another order: matched by name")
         for note in imagenet_notes(split, loaded) if loaded.num_classes == len(split.classes) == 1000 else []:
             print(f"note: {note}")
-    loader = data.eval_loader(split.images, loaded.image_size, crop_ratio=args.crop_ratio, batch_size=args.batch_size,
-                              workers=workers, rank=place.rank, world_size=place.world_size)
-    scores = evaluate(loaded.model.to(place.device), loader, place.device, columns=columns, progress=place.rank == 0)
+    loader = data.eval_loader(split.images, loaded.image_size, crop_ratio=args.crop_ratio,
+                              batch_size=args.batch_size, workers=workers, rank=place.rank,
+                              world_size=place.world_size)
+    scores = evaluate(loaded.model.to(place.device), loader, place.device, columns=columns,
+                      progress=place.rank == 0)
     if place.rank == 0:
         for head in scores if len(scores) > 1 else ():
-            print(f"{head:<13} Acc@1 {scores[head].top1:.3f} Acc@5 {scores[head].top5:.3f} loss {scores[head].loss:.3f}")
+            print(f"{head:<13} Acc@1 {scores[head].top1:.3f} Acc@5 {scores[head].top5:.3f} "
+                  f"loss {scores[head].loss:.3f}")
         if line := verdict(args.weights, loaded.image_size, args.crop_ratio, scores["mean"]):
             print(line)
         print("* Acc@1 {0.top1:.3f} Acc@5 {0.top5:.3f} loss {0.loss:.3f}".format(scores["mean"]))
@@ -417,7 +459,7 @@ def main():
     args = parse_flags()
     with one_line_errors("evaluate.py", OSError, ValueError, data.BadImage):
         place = join_processes()
-        with one_per_machine_first(place):                               # it may download the weights or the data
+        with one_per_machine_first(place):                           # it may download the weights or the data
             loaded = load_any(args.weights, image_size=args.image_size, ema=args.ema)
             split = data.open_split(args.data, train=False) if args.data else None
         if args.data:

@@ -4,9 +4,11 @@ Section 5.2 of "Training data-efficient image transformers & distillation throug
 (https://arxiv.org/abs/2012.12877): a convnet teaches a transformer better than a transformer does. The
 paper's is RegNetY-16GF, 82.9 % top-1, 84 M parameters, trained on ImageNet with DeiT's own augmentation.
 
-    python teacher.py SOURCE                           describes a teacher: architecture, classes, parameters, names
+    python teacher.py SOURCE                           describes a teacher: architecture, classes,
+                                                       parameters, names
     python teacher.py SOURCE --output teacher.pth      writes its weights under torchvision's names
-    python train.py --model regnet_y_16gf --data DIR   trains one for your own classes, with the one training loop
+    python train.py --model regnet_y_16gf --data DIR   trains one for your own classes, with the one
+                                                       training loop
 
 SOURCE is "official" (the paper's), a torchvision RegNet by name (its ImageNet weights, version 2:
 regnet_y_16gf, 82.886 %), a torchvision weights entry in full (RegNet_Y_16GF_Weights.IMAGENET1K_V1), a
@@ -27,12 +29,14 @@ OFFICIAL = "https://dl.fbaipublicfiles.com/deit/regnety_160-a5fe301d.pth"
 
 # torchvision's RegNets by the width of the features before their classifier, which no two of them share.
 REGNETS = {
-    "regnet_x_400mf": 400, "regnet_x_800mf": 672, "regnet_x_1_6gf": 912, "regnet_x_3_2gf": 1008, "regnet_x_8gf": 1920,
-    "regnet_x_16gf": 2048, "regnet_x_32gf": 2520, "regnet_y_400mf": 440, "regnet_y_800mf": 784, "regnet_y_1_6gf": 888,
-    "regnet_y_3_2gf": 1512, "regnet_y_8gf": 2016, "regnet_y_16gf": 3024, "regnet_y_32gf": 3712, "regnet_y_128gf": 7392,
+    "regnet_x_400mf": 400, "regnet_x_800mf": 672, "regnet_x_1_6gf": 912, "regnet_x_3_2gf": 1008,
+    "regnet_x_8gf": 1920, "regnet_x_16gf": 2048, "regnet_x_32gf": 2520,
+    "regnet_y_400mf": 440, "regnet_y_800mf": 784, "regnet_y_1_6gf": 888, "regnet_y_3_2gf": 1512,
+    "regnet_y_8gf": 2016, "regnet_y_16gf": 3024, "regnet_y_32gf": 3712, "regnet_y_128gf": 7392,
 }
 
-# timm's names, of which the official file is made, into torchvision's. Blocks count from 1 there and from 0 here.
+# timm's names, of which the official file is made, into torchvision's. Blocks count from 1
+# there and from 0 here.
 TIMM_NAMES = {"conv1.conv": "f.a.0", "conv1.bn": "f.a.1", "conv2.conv": "f.b.0", "conv2.bn": "f.b.1",
               "se.fc1": "f.se.fc1", "se.fc2": "f.se.fc2", "conv3.conv": "f.c.0", "conv3.bn": "f.c.1",
               "downsample.conv": "proj.0", "downsample.bn": "proj.1"}
@@ -43,8 +47,10 @@ def torchvision_names(state):
     def rename(name):
         if match := re.fullmatch(r"s(\d)\.b(\d+)\.(.+)\.(\w+)", name):
             stage, block, part, leaf = match.groups()
-            return f"trunk_output.block{stage}.block{stage}-{int(block) - 1}.{TIMM_NAMES.get(part, part)}.{leaf}"
-        return re.sub(r"^stem\.conv\.", "stem.0.", re.sub(r"^stem\.bn\.", "stem.1.", re.sub(r"^head\.fc\.", "fc.", name)))
+            return (f"trunk_output.block{stage}.block{stage}-{int(block) - 1}."
+                    f"{TIMM_NAMES.get(part, part)}.{leaf}")
+        return re.sub(r"^stem\.conv\.", "stem.0.",
+                      re.sub(r"^stem\.bn\.", "stem.1.", re.sub(r"^head\.fc\.", "fc.", name)))
 
     return {rename(re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)): tensor for name, tensor in state.items()}
 
@@ -69,8 +75,8 @@ def weights_url(source):
     if source in REGNETS:
         available = models.get_model_weights(source)
         if "IMAGENET1K_V2" not in available.__members__:
-            raise ValueError(f"torchvision has no weights of {source} from ImageNet-1k alone; name an entry in full, "
-                             f"one of {', '.join(map(str, available))} (mind their licence)")
+            raise ValueError(f"torchvision has no weights of {source} from ImageNet-1k alone; name an "
+                             f"entry in full, one of {', '.join(map(str, available))} (mind their licence)")
         return available["IMAGENET1K_V2"].url
     if re.fullmatch(r"RegNet_\w+_Weights\.\w+", source):
         try:
@@ -81,21 +87,23 @@ def weights_url(source):
 
 
 def read_weights(source):
-    """What a teacher's file, URL or name holds, read without executing anything in it. Raises FileNotFoundError or
-    ValueError naming the source."""
+    """What a teacher's file, URL or name holds, read without executing anything in it. Raises
+    FileNotFoundError or ValueError naming the source."""
     url = weights_url(str(source)) or str(source)
     try:
         if url.startswith("https://"):
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                                      weights_only=True)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(url, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no teacher {source}: a path, an https URL, official, or a torchvision RegNet such as "
-                                "regnet_y_16gf is expected") from None
+        raise FileNotFoundError(f"no teacher {source}: a path, an https URL, official, or a torchvision "
+                                "RegNet such as regnet_y_16gf is expected") from None
     except OSError as error:
         raise OSError(f"cannot read teacher {source}: {error}; give a file with --teacher FILE") from None
-    except Exception as error:                                           # a damaged file can make torch raise anything
-        reason = str(error).split("\n")[0][:200] if isinstance(error, RuntimeError) else "it is damaged, or of another format"
+    except Exception as error:                                  # a damaged file can make torch raise anything
+        reason = (str(error).split("\n")[0][:200] if isinstance(error, RuntimeError) else
+                  "it is damaged, or of another format")
         raise ValueError(f"teacher {source} is not a file of tensors and plain values: {reason}") from None
 
 
@@ -103,7 +111,8 @@ def find_weights(checkpoint):
     """The state dict of a RegNet within a checkpoint, under torchvision's names; None if there is none."""
     if not isinstance(checkpoint, dict):
         return None
-    state = next((checkpoint[key] for key in ("model", "state_dict") if isinstance(checkpoint.get(key), dict)), checkpoint)
+    state = next((checkpoint[key] for key in ("model", "state_dict")
+                  if isinstance(checkpoint.get(key), dict)), checkpoint)
     state = torchvision_names({name: value for name, value in state.items()
                                if isinstance(name, str) and isinstance(value, torch.Tensor)})
     return state if {"stem.0.weight", "fc.weight"} <= state.keys() and state["fc.weight"].ndim == 2 else None
@@ -118,14 +127,17 @@ def load_regnet(source, *, num_classes=None, checkpoint=None):
     """
     checkpoint = read_weights(source) if checkpoint is None else checkpoint
     state = find_weights(checkpoint)
-    name = state and next((name for name, width in REGNETS.items() if width == state["fc.weight"].shape[1]), None)
+    name = state and next((name for name, width in REGNETS.items()
+                           if width == state["fc.weight"].shape[1]), None)
     if name is None:
-        keys = ", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        keys = (", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else
+                type(checkpoint).__name__)
         raise ValueError(f"{source} is no RegNet of torchvision: expected stem.0.weight, trunk_output..., "
                          f"fc.weight (or timm's names for them), found {keys}")
     model = create_regnet(name, num_classes or len(state["fc.weight"]))
     if model.fc.out_features != len(state["fc.weight"]):
-        print(f"{source}: fresh classifier for {num_classes} classes in place of the file's {len(state['fc.weight'])}")
+        print(f"{source}: fresh classifier for {num_classes} classes in place of the file's "
+              f"{len(state['fc.weight'])}")
         state |= {f"fc.{name}": value for name, value in model.fc.state_dict().items()}
     try:
         model.load_state_dict(state, strict=True)
@@ -150,21 +162,26 @@ def load_teacher(source="official", num_classes=1000, classes=None):
     `num_classes` classes, or if its file names other `classes` or another order."""
     advice = "train one for your classes: python train.py --model regnet_y_16gf --data DIR"
     if weights_url(str(source)) and num_classes != 1000:                 # known before anything is downloaded
-        raise ValueError(f"teacher {source} knows ImageNet's 1000 classes and the data has {num_classes}; {advice}")
+        raise ValueError(f"teacher {source} knows ImageNet's 1000 classes and the data has "
+                         f"{num_classes}; {advice}")
     checkpoint = read_weights(source)
     model = load_regnet(source, checkpoint=checkpoint)
     if model.fc.out_features != num_classes:
-        raise ValueError(f"teacher {source} knows {model.fc.out_features} classes and the data has {num_classes}; {advice}")
+        raise ValueError(f"teacher {source} knows {model.fc.out_features} classes and the data has "
+                         f"{num_classes}; {advice}")
     known = checkpoint.get("classes")
     if classes and known and list(known) != list(classes):
         pair = next((a, b) for a, b in zip(known, classes) if a != b)
-        raise ValueError(f"teacher {source} knows other classes: where it has {pair[0]!r}, the data has {pair[1]!r}; {advice}")
+        raise ValueError(f"teacher {source} knows other classes: where it has {pair[0]!r}, the data has "
+                         f"{pair[1]!r}; {advice}")
     return fold_batch_norm(model.requires_grad_(False)).to(memory_format=torch.channels_last)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Describes a teacher, and writes it under torchvision's names.")
-    parser.add_argument("source", metavar="SOURCE", help="official, a torchvision RegNet or weights entry, a file or URL")
+    parser = argparse.ArgumentParser(
+        description="Describes a teacher, and writes it under torchvision's names.")
+    parser.add_argument("source", metavar="SOURCE",
+                        help="official, a torchvision RegNet or weights entry, a file or URL")
     parser.add_argument("--output", help="write the weights to this file, under torchvision's names")
     args = parser.parse_args()
     try:

@@ -5,9 +5,9 @@ Section 6 and table 9 of "Training data-efficient image transformers & distillat
 tiny 72.2, small 79.8, base 81.8; with --distill 74.5, 81.2, 83.4.
 
     torchrun --nproc_per_node 4 train.py --model tiny --distill --data imagenet    four GPUs
-    python train.py --model tiny --distill                                         no data: the built-in demo
-    python train.py --model regnet_y_16gf --data DIR                               a teacher for your own classes
-    python train.py --resume --output runs/NAME                                    goes on with an interrupted run
+    python train.py --model tiny --distill                   no data: the built-in demo
+    python train.py --model regnet_y_16gf --data DIR         a teacher for your own classes
+    python train.py --resume --output runs/NAME              goes on with an interrupted run
 
 A run is one folder: last.pth (to resume), best.pth (to use), log.jsonl (an object per epoch),
 TensorBoard events. The batch size is that of all processes together: any number of them sees the same
@@ -41,11 +41,11 @@ import data
 import deit
 import distill
 import teacher
-from evaluate import (BATCH_SIZE, OneLineParser, evaluate, join_processes, one_line_errors, one_per_machine_first,
-                      usable_cpus)
+from evaluate import (BATCH_SIZE, OneLineParser, evaluate, join_processes, one_line_errors,
+                      one_per_machine_first, usable_cpus)
 
 LOG_EVERY = 20                                                           # steps between two looks at the loss
-CHECKPOINT_MINUTES = 30                                                  # between two checkpoints within an epoch
+CHECKPOINT_MINUTES = 30                                              # between two checkpoints within an epoch
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -80,10 +80,12 @@ class Recipe:
     repeats: int = flag(3, "views of each drawn image in an epoch; 1 turns repeated augmentation off", 1)
     mixup: float = flag(0.8, "alpha of Beta(alpha, alpha); 0 turns it off", 0)
     cutmix: float = flag(1.0, "alpha of Beta(alpha, alpha); 0 turns it off", 0)
-    mix_group: int = flag(None, "most images that share one lambda; default as the official runs: 64 base, 256 others", 2)
+    mix_group: int = flag(
+        None, "most images that share one lambda; default as the official runs: 64 base, 256 others", 2)
     alpha: float = flag(None, "weight of the distillation term; default the paper's: 0.5 hard, 0.1 soft", 0, 1)
     temperature: float = flag(3.0, "of soft distillation", 1e-3)
-    ema: float = flag(0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none (the paper's default)", 0, 1)
+    ema: float = flag(
+        0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none (the paper's default)", 0, 1)
     precision: str = flag("auto", "bf16, fp16 or fp32; auto is bf16 on GPUs that have it, else fp32")
     compile: bool = flag(False, "torch.compile the model")
     workers: int = flag(None, "loader processes per process; default usable CPUs / processes here", 0)
@@ -93,10 +95,13 @@ class Recipe:
 
 
 # What the built-in demo changes: 48 pixels and minutes instead of 224 and days. The rest is the paper's.
-DEMO = {"data": "demo", "image_size": 48, "epochs": 10, "batch_size": 32, "lr": 1e-3 * 512 / 32, "warmup_epochs": 0.5}
-# And for the demo's teacher, a small convnet that learns the patterns in four epochs, without the heavy augmentation.
-DEMO_TEACHER = {"model": "regnet_y_400mf", "epochs": 4, "batch_size": 16, "lr": 1e-3 * 512 / 16, "warmup_epochs": 0.3,
-                "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "rand_augment": 0.0, "label_smoothing": 0.0}
+DEMO = {"data": "demo", "image_size": 48, "epochs": 10, "batch_size": 32, "lr": 1e-3 * 512 / 32,
+        "warmup_epochs": 0.5}
+# And for the demo's teacher, a small convnet that learns the patterns in four epochs, without
+# the heavy augmentation.
+DEMO_TEACHER = {"model": "regnet_y_400mf", "epochs": 4, "batch_size": 16, "lr": 1e-3 * 512 / 16,
+                "warmup_epochs": 0.3, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0,
+                "rand_augment": 0.0, "label_smoothing": 0.0}
 
 
 def parse_recipe():
@@ -106,7 +111,8 @@ def parse_recipe():
     for item in fields(Recipe):
         name, shown = "--" + item.name.replace("_", "-"), item.metadata["help"]
         if item.default not in (None, False):
-            shown += f" (default {item.default:g})" if isinstance(item.default, float) else f" (default {item.default})"
+            shown += (f" (default {item.default:g})" if isinstance(item.default, float) else
+                      f" (default {item.default})")
         if item.name == "distill":
             parser.add_argument(name, nargs="?", const="hard", choices=["hard", "soft"], help=shown)
         elif item.name == "precision":
@@ -127,8 +133,8 @@ def make_recipe(typed):
     recipe = Recipe(**choice)
     is_deit = recipe.model in deit.SIZES
     if not is_deit and recipe.model not in teacher.REGNETS:
-        raise ValueError(f"unknown model {recipe.model!r}: --model {', '.join(deit.SIZES)}, or a RegNet such as "
-                         "regnet_y_16gf to make a teacher")
+        raise ValueError(f"unknown model {recipe.model!r}: --model {', '.join(deit.SIZES)}, or a RegNet "
+                         "such as regnet_y_16gf to make a teacher")
     if recipe.distill and not is_deit:
         raise ValueError(f"--distill trains a DeiT, not {recipe.model}: leave it out to make a teacher")
     idle = [name for name in ("teacher", "any_teacher", "alpha", "temperature") if not recipe.distill]
@@ -136,16 +142,17 @@ def make_recipe(typed):
     idle += ["drop_path"] if not is_deit else []
     for name in idle:
         if name in typed and not recipe.resume:
-            raise ValueError(f"--{name.replace('_', '-')} {typed[name]} would do nothing without "
-                             f"{'a DeiT' if name == 'drop_path' else '--distill soft' if recipe.distill else '--distill'}: "
-                             "add that, or leave it out")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {typed[name]} would do nothing without "
+                f"{'a DeiT' if name == 'drop_path' else '--distill soft' if recipe.distill else '--distill'}"
+                ": add that, or leave it out")
     for item in fields(Recipe):
         value, (low, high) = getattr(recipe, item.name), (item.metadata["low"], item.metadata["high"])
         if isinstance(value, (int, float)) and not low <= value <= high:     # not a number (nan) fails too
             bounds = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
             raise ValueError(f"--{item.name.replace('_', '-')} {value}: it must be {bounds}")
     if is_deit and recipe.image_size % deit.PATCH_SIZE:
-        deit.create_model(recipe.model, image_size=recipe.image_size)    # raises, with the size to use instead
+        deit.create_model(recipe.model, image_size=recipe.image_size)   # raises, with the size to use instead
     if not is_deit and recipe.batch_size < 2:
         raise ValueError(f"--batch-size {recipe.batch_size}: batch norm needs 2 images or more")
     recipe.alpha = recipe.alpha if recipe.alpha is not None else 0.1 if recipe.distill == "soft" else 0.5
@@ -178,7 +185,8 @@ def parameter_groups(model, weight_decay):
 
 
 class Student(NamedTuple):
-    """What is trained: the model, the same model joined over processes, its average or None, and what moves it."""
+    """What is trained: the model, the same model joined over processes, its average or
+    None, and what moves it."""
     model: nn.Module
     joined: nn.Module
     average: nn.Module
@@ -187,7 +195,8 @@ class Student(NamedTuple):
 
 
 def train_epoch(run, place, epoch, progress):
-    """One epoch, or what the sampler left of it. Yields the number of steps done whenever it is time to save."""
+    """One epoch, or what the sampler left of it. Yields the number of steps done
+    whenever it is time to save."""
     recipe, student, sampler, batches = run.recipe, run.student, run.sampler, iter(run.loader)
     student.joined.train()
     for step in range(sampler.first_step, sampler.steps):
@@ -199,8 +208,8 @@ def train_epoch(run, place, epoch, progress):
             pixels, labels, indices, boxes = progress.wait_for(batches)
             images = data.erase(data.normalize(pixels.to(place.device, non_blocking=True)), boxes)
             labels = labels.to(place.device, non_blocking=True)
-            images, targets = data.mix(images, labels, indices, len(run.train_split.classes), mixup=recipe.mixup,
-                                       cutmix=recipe.cutmix, group=recipe.mix_group)
+            images, targets = data.mix(images, labels, indices, len(run.train_split.classes),
+                                       mixup=recipe.mixup, cutmix=recipe.cutmix, group=recipe.mix_group)
             with gradients_joined(student, part == recipe.accum_steps - 1):
                 with autocast(recipe.precision, place):
                     teacher_logits = ask(run.teacher, images)
@@ -227,8 +236,9 @@ def objective(outputs, targets, teacher_logits, recipe):
     """(loss,) without a teacher; (loss, class term, distillation term) with one."""
     if teacher_logits is None:
         return (F.cross_entropy(outputs, targets, label_smoothing=recipe.label_smoothing),)
-    return distill.distillation_loss(*outputs, targets, teacher_logits, kind=recipe.distill, alpha=recipe.alpha,
-                                     temperature=recipe.temperature, label_smoothing=recipe.label_smoothing)
+    return distill.distillation_loss(*outputs, targets, teacher_logits, kind=recipe.distill,
+                                     alpha=recipe.alpha, temperature=recipe.temperature,
+                                     label_smoothing=recipe.label_smoothing)
 
 
 def autocast(precision, place):
@@ -253,7 +263,8 @@ class Progress:
         self.place, self.recipe, self.folder, self.steps = place, recipe, folder, steps
         self.every = 1 if place.device.type == "cpu" else LOG_EVERY
         self.terms = ("loss", "class_loss", "distillation_loss") if recipe.distill else ("loss",)
-        self.sums, self.norm = torch.zeros(len(self.terms), device=place.device), torch.zeros((), device=place.device)
+        self.sums, self.norm = (torch.zeros(len(self.terms), device=place.device),
+                                torch.zeros((), device=place.device))
         self.epoch_sums = torch.tensor(state["epoch_sums"] or [0.0] * len(self.terms), dtype=torch.float64)
         self.signal, self.stopping = 0, False
         self.saved = self.since = time.monotonic()
@@ -261,9 +272,11 @@ class Progress:
         self.bar = self.writer = None
         if place.rank == 0:
             self.bar = tqdm(initial=state["step"], total=recipe.epochs * steps, unit="step", smoothing=0.05,
-                            mininterval=0.1 if sys.stderr.isatty() else 30)      # a log file gets a line now and then
+                            # a log file gets a line now and then
+                            mininterval=0.1 if sys.stderr.isatty() else 30)
             self.writer = SummaryWriter(folder, purge_step=state["step"] + 1)
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {number: signal.signal(number, self.on_signal)
+                         for number in (signal.SIGTERM, signal.SIGINT)}
 
     def on_signal(self, number, frame):
         self.signal = number
@@ -279,17 +292,20 @@ class Progress:
 
     def see_gradient(self, model):
         """Keeps the largest gradient norm since the last report; nan wins."""
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()
+                                        if parameter.grad is not None])
         self.norm = torch.maximum(self.norm, norm)
 
     def report(self, epoch, step, lr, scaler):
-        """True if it is time to save. Ends the run, on all ranks, if a loss or gradient of any is not finite."""
+        """True if it is time to save. Ends the run, on all ranks, if a loss or gradient
+        of any is not finite."""
         self.steps_since += 1
         if (step + 1) % self.every and step + 1 < self.steps:
             return False
         due = self.place.rank == 0 and time.monotonic() - self.saved > 60 * CHECKPOINT_MINUTES
         wishes = torch.tensor([float(self.signal > 0), float(due)], device=self.place.device)
-        exchange = torch.cat((self.sums / self.place.world_size, self.norm[None] / self.place.world_size, wishes))
+        exchange = torch.cat((self.sums / self.place.world_size, self.norm[None] / self.place.world_size,
+                              wishes))
         if self.place.world_size > 1:
             dist.all_reduce(exchange)
         *sums, norm, stop, due = exchange.tolist()
@@ -302,10 +318,12 @@ class Progress:
         self.norm.zero_()
         self.since, self.waited, self.steps_since = time.monotonic(), 0.0, 0
         self.stopping = stop > 0
-        return (self.stopping or due > 0) and step + 1 < self.steps      # the end of an epoch is saved in any case
+        # the end of an epoch is saved in any case
+        return (self.stopping or due > 0) and step + 1 < self.steps
 
     def end_diverged(self, epoch, step, lr, sums, norm, scaler):
-        """The ranks whose own loss it was say so (the first, if it was the gradient), then all leave together."""
+        """The ranks whose own loss it was say so (the first, if it was the gradient),
+        then all leave together."""
         own = self.sums.tolist()
         seen = not all(map(math.isfinite, own))
         if self.bar:
@@ -315,9 +333,9 @@ class Progress:
             scale = f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
             path = self.folder / "last.pth"
             before = f"{path} is from before it" if path.exists() else "nothing was saved yet"
-            print(f"train.py: rank {self.place.rank}: {what} between steps {step + 1 - self.steps_since} and {step} of epoch "
-                  f"{epoch}; learning rate {lr:.3g}, gradient norm {norm:.3g}{scale}; {before}. Try a lower --lr, or "
-                  "--precision fp32", file=sys.stderr, flush=True)
+            print(f"train.py: rank {self.place.rank}: {what} between steps {step + 1 - self.steps_since} "
+                  f"and {step} of epoch {epoch}; learning rate {lr:.3g}, gradient norm {norm:.3g}{scale}; "
+                  f"{before}. Try a lower --lr, or --precision fp32", file=sys.stderr, flush=True)
         if self.place.world_size > 1:
             dist.barrier()
         sys.exit(1)
@@ -326,12 +344,14 @@ class Progress:
         """The bar and TensorBoard, on the first rank."""
         seconds, count = time.monotonic() - self.since, self.steps_since
         values = {name: total / count for name, total in zip(self.terms, sums)}
-        values |= {"lr": lr, "gradient_norm": norm, "images_per_second": self.recipe.batch_size * count / seconds,
+        values |= {"lr": lr, "gradient_norm": norm,
+                   "images_per_second": self.recipe.batch_size * count / seconds,
                    "data_wait_share": self.waited / seconds}
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}", value, epoch * self.steps + step + 1)
         self.bar.set_description_str(f"epoch {epoch}", refresh=False)
-        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, lr {lr:.2e}, {values['images_per_second']:.0f} images/s, "
+        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, lr {lr:.2e}, "
+                                 f"{values['images_per_second']:.0f} images/s, "
                                  f"waiting for data {values['data_wait_share']:.0%}", refresh=False)
         self.bar.update(count)
 
@@ -344,8 +364,9 @@ class Progress:
             self.writer.flush()
             heads = [f"{head} {record[f'{head}_top1']:.2f}" for head in ("class", "distillation", "ema")
                      if f"{head}_top1" in record]
-            self.bar.write(f"epoch {record['epoch']:>3}  loss {record['train_loss']:.4f}  top-1 {record['top1']:.2f}  top-5 "
-                           f"{record['top5']:.2f}" + (f"  ({', '.join(heads)})" if heads else ""))
+            self.bar.write(f"epoch {record['epoch']:>3}  loss {record['train_loss']:.4f}  "
+                           f"top-1 {record['top1']:.2f}  top-5 {record['top5']:.2f}"
+                           + (f"  ({', '.join(heads)})" if heads else ""))
         self.epoch_sums.zero_()
         self.since = time.monotonic()
 
@@ -371,10 +392,11 @@ def save(content, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:                             # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:                       # torch reports a full disk as RuntimeError
         beside.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
-        raise OSError(f"cannot write {path} ({reason}); make room and go on with --resume --output {path.parent}") from None
+        raise OSError(f"cannot write {path} ({reason}); make room and go on with --resume "
+                      f"--output {path.parent}") from None
 
 
 def weights_of(run):
@@ -417,16 +439,19 @@ def build_model(recipe, num_classes):
             return teacher.create_regnet(recipe.model, num_classes)
         model = teacher.load_regnet(recipe.init, num_classes=num_classes)
         if model.fc.in_features != teacher.REGNETS[recipe.model]:
-            raise ValueError(f"--init {recipe.init} is a {teacher.name_of(model)}: --model {teacher.name_of(model)}")
+            raise ValueError(f"--init {recipe.init} is a {teacher.name_of(model)}: "
+                             f"--model {teacher.name_of(model)}")
         return model
     if not recipe.init:
         return deit.create_model(recipe.model, distilled=bool(recipe.distill), image_size=recipe.image_size,
                                  num_classes=num_classes, drop_path=recipe.drop_path)
-    model = deit.load_model(recipe.init, image_size=recipe.image_size, num_classes=num_classes, drop_path=recipe.drop_path)
+    model = deit.load_model(recipe.init, image_size=recipe.image_size, num_classes=num_classes,
+                            drop_path=recipe.drop_path)
     size = next(size for size, (dim, _) in deit.SIZES.items() if dim == model.pos_embed.shape[2])
     if (size, model.distilled) != (recipe.model, bool(recipe.distill)):
-        raise ValueError(f"--init {recipe.init} is a {size} model {'with' if model.distilled else 'without'} distillation "
-                         f"token: --model {size} {'--distill' if model.distilled else 'without --distill'}")
+        raise ValueError(f"--init {recipe.init} is a {size} model "
+                         f"{'with' if model.distilled else 'without'} distillation token: "
+                         f"--model {size} {'--distill' if model.distilled else 'without --distill'}")
     return model
 
 
@@ -460,8 +485,9 @@ def split_batch(recipe, place):
     """Images that a process computes at a time. Raises ValueError if the batch does not divide."""
     parts = place.world_size * recipe.accum_steps
     if recipe.batch_size % parts:
-        raise ValueError(f"--batch-size {recipe.batch_size} does not divide by {place.world_size} process(es) x "
-                         f"{recipe.accum_steps} part(s): try {max(1, round(recipe.batch_size / parts)) * parts}")
+        raise ValueError(f"--batch-size {recipe.batch_size} does not divide by "
+                         f"{place.world_size} process(es) x {recipe.accum_steps} part(s): "
+                         f"try {max(1, round(recipe.batch_size / parts)) * parts}")
     return recipe.batch_size // parts
 
 
@@ -469,8 +495,9 @@ def measure_teacher(run, place):
     """Its Score on 256 validation images or so, spread over all classes: a random head or foreign
     classes show at once."""
     images = run.val_split.images
-    loader = data.eval_loader(images, run.recipe.image_size, batch_size=BATCH_SIZE, workers=run.workers, rank=place.rank,
-                              world_size=place.world_size, subset=range(0, len(images), max(1, len(images) // 256)))
+    loader = data.eval_loader(images, run.recipe.image_size, batch_size=BATCH_SIZE, workers=run.workers,
+                              rank=place.rank, world_size=place.world_size,
+                              subset=range(0, len(images), max(1, len(images) // 256)))
     return evaluate(run.teacher, loader, place.device)["mean"]
 
 
@@ -479,8 +506,9 @@ def check_teacher(score, num_classes, source):
     chance = 1 / num_classes
     expected = score.images * chance + 3 * math.sqrt(score.images * chance * (1 - chance))
     if score.correct1 <= expected:
-        raise ValueError(f"teacher {source} gets {score.correct1} of {score.images} validation images right, which could be "
-                         "chance: its classes are others, or in another order, or it is untrained; --any-teacher to go on")
+        raise ValueError(f"teacher {source} gets {score.correct1} of {score.images} validation images "
+                         "right, which could be chance: its classes are others, or in another order, or "
+                         "it is untrained; --any-teacher to go on")
 
 
 def check_room(run, folder):
@@ -489,11 +517,11 @@ def check_room(run, folder):
     (folder / "last.pth.tmp").touch()
     (folder / "last.pth.tmp").unlink()
     weights = sum(tensor.nbytes for tensor in run.student.model.state_dict().values())
-    needed = weights * (8 if run.student.average else 6)                 # last (with its moments), its successor, best
+    needed = weights * (8 if run.student.average else 6)        # last (with its moments), its successor, best
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{folder} has room for {free / 2**20:,.0f} MiB and the run needs {needed / 2**20:,.0f} MiB: make room, "
-                      "or --output elsewhere")
+        raise OSError(f"{folder} has room for {free / 2**20:,.0f} MiB and the run needs "
+                      f"{needed / 2**20:,.0f} MiB: make room, or --output elsewhere")
 
 
 def notes(recipe):
@@ -501,13 +529,15 @@ def notes(recipe):
     lines = []
     if recipe.model == "base" and not recipe.init and recipe.data != "demo":
         if recipe.batch_size != 1024:
-            lines.append(f"a total batch of {recipe.batch_size}: on ImageNet users got 78.8 % with 512 and 78.57 % with 480, where "
-                         "1024 gives 81.8 % (facebookresearch/deit, issues 40 and 63)")
+            lines.append(f"a total batch of {recipe.batch_size}: on ImageNet users got 78.8 % with 512 and "
+                         "78.57 % with 480, where 1024 gives 81.8 % (facebookresearch/deit, issues 40 "
+                         "and 63)")
         if recipe.warmup_epochs != 5:
-            lines.append(f"{recipe.warmup_epochs:g} warm-up epochs: on ImageNet a user got 79.2 % with 10, where 5 give 81.8 % "
-                         "(facebookresearch/deit, issues 40 and 63)")
+            lines.append(f"{recipe.warmup_epochs:g} warm-up epochs: on ImageNet a user got 79.2 % with 10, "
+                         "where 5 give 81.8 % (facebookresearch/deit, issues 40 and 63)")
     if recipe.warmup_epochs > recipe.epochs:
-        lines.append(f"the warm-up of {recipe.warmup_epochs:g} epochs is longer than the run: the rate never reaches its peak")
+        lines.append(f"the warm-up of {recipe.warmup_epochs:g} epochs is longer than the run: the rate "
+                     "never reaches its peak")
     if recipe.min_lr > recipe.lr * recipe.batch_size / 512:
         lines.append(f"the learning rate ends at --min-lr {recipe.min_lr:g}, above its peak")
     return lines
@@ -516,28 +546,33 @@ def notes(recipe):
 def banner(run, place, folder, teacher_score):
     """What is about to happen, in a few lines to check before leaving it alone."""
     recipe, sampler = run.recipe, run.sampler
-    demo = [f"{name} {getattr(recipe, name):.4g}" if isinstance(value, float) else f"{name} {getattr(recipe, name)}"
+    demo = [f"{name} {getattr(recipe, name):.4g}" if isinstance(value, float) else
+            f"{name} {getattr(recipe, name)}"
             for name, value in asdict(Recipe()).items()
-            if name in DEMO | DEMO_TEACHER and name not in ("data", "model") and getattr(recipe, name) != value]
+            if name in DEMO | DEMO_TEACHER and name not in ("data", "model")
+            and getattr(recipe, name) != value]
     parameters = sum(parameter.numel() for parameter in run.student.model.parameters())
     where = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
     lines = {
         "run": folder,
-        "data": f"{recipe.data}: {len(run.train_split.images):,} training and {len(run.val_split.images):,} validation images, "
-                f"{len(run.train_split.classes):,} classes{data.describe_ignored(run.train_split, run.val_split)}",
+        "data": f"{recipe.data}: {len(run.train_split.images):,} training and "
+                f"{len(run.val_split.images):,} validation images, {len(run.train_split.classes):,} classes"
+                f"{data.describe_ignored(run.train_split, run.val_split)}",
         "demo": f"in place of the paper's values: {', '.join(demo)}" if recipe.data == "demo" else None,
-        "epoch": f"{sampler.distinct_images:,} distinct images, {recipe.repeats} view(s) of each; {sampler.steps:,} steps, "
-                 f"{recipe.epochs * sampler.steps:,} in {recipe.epochs} epochs",
+        "epoch": f"{sampler.distinct_images:,} distinct images, {recipe.repeats} view(s) of each; "
+                 f"{sampler.steps:,} steps, {recipe.epochs * sampler.steps:,} in {recipe.epochs} epochs",
         "batch": f"{recipe.batch_size:,} = {place.world_size} process(es) x {recipe.accum_steps} part(s) x "
                  f"{sampler.batch_size}",
-        "rate": f"{recipe.lr * recipe.batch_size / 512:.4g} at the peak (--lr {recipe.lr:.4g} x {recipe.batch_size} / 512), "
-                f"{recipe.warmup_epochs:g} epoch(s) of warm-up",
+        "rate": f"{recipe.lr * recipe.batch_size / 512:.4g} at the peak (--lr {recipe.lr:.4g} x "
+                f"{recipe.batch_size} / 512), {recipe.warmup_epochs:g} epoch(s) of warm-up",
         "model": f"{recipe.model}{', distilled' if recipe.distill else ''}, {recipe.image_size} pixels, "
                  f"{parameters:,} parameters",
-        "teacher": teacher_score and f"{recipe.teacher}: {teacher_score.top1:.2f} % top-1 on {teacher_score.images} "
-                                     f"validation images; {recipe.distill} distillation, alpha {recipe.alpha:g}",
-        "device": f"{where}, {recipe.precision}{', compiled' if recipe.compile else ''}, {run.workers} worker(s) per process, "
-                  f"torch {torch.__version__}, torchvision {torchvision.__version__}",
+        "teacher": teacher_score and (
+            f"{recipe.teacher}: {teacher_score.top1:.2f} % top-1 on {teacher_score.images} "
+            f"validation images; {recipe.distill} distillation, alpha {recipe.alpha:g}"),
+        "device": f"{where}, {recipe.precision}{', compiled' if recipe.compile else ''}, "
+                  f"{run.workers} worker(s) per process, torch {torch.__version__}, "
+                  f"torchvision {torchvision.__version__}",
     }
     lines = [f"{name:<9}{line}" for name, line in lines.items() if line]
     return "\n".join(lines + [f"note     {line}" for line in notes(recipe)])
@@ -547,7 +582,7 @@ def validate(student, loader, place):
     """{head: Score} of the raw weights, and with ema_ before the head's name those of the averaged ones."""
     if dist.is_initialized():
         average = student.average.module.buffers() if student.average else ()
-        for buffer in (*student.model.buffers(), *average):              # batch statistics are the first rank's
+        for buffer in (*student.model.buffers(), *average):            # batch statistics are the first rank's
             dist.broadcast(buffer, 0)
     scores = evaluate(student.model, loader, place.device)
     if student.average:
@@ -558,7 +593,8 @@ def validate(student, loader, place):
 
 def describe_epoch(epoch, recipe, steps, terms, scores):
     """One line of log.jsonl. Nothing in it depends on the machine's speed, so equal runs have equal logs."""
-    record = {"epoch": epoch, "step": (epoch + 1) * steps, "lr": learning_rate(recipe, epoch + (steps - 1) / steps)}
+    record = {"epoch": epoch, "step": (epoch + 1) * steps,
+              "lr": learning_rate(recipe, epoch + (steps - 1) / steps)}
     record |= {f"train_{name}": value for name, value in terms.items()}
     for head, score in scores.items():
         prefix = head.replace("mean", "").rstrip("_")
@@ -586,7 +622,7 @@ def prepare(recipe, place, folder):
     recipe = replace(recipe, precision=choose_precision(recipe.precision, place))
     workers = usable_cpus() // place.local_world_size if recipe.workers is None else recipe.workers
     local_batch = split_batch(recipe, place)
-    with one_per_machine_first(place):                                   # it may download data, teacher or --init
+    with one_per_machine_first(place):                               # it may download data, teacher or --init
         train_split, val_split = data.open_dataset(recipe.data)
         sampler = data.RepeatedAugSampler(
             len(train_split.images), place.rank, place.world_size, batch_size=local_batch,
@@ -597,11 +633,13 @@ def prepare(recipe, place, folder):
     with one_per_machine_first(place):
         teacher_model = None
         if recipe.distill:
-            teacher_model = teacher.load_teacher(recipe.teacher, len(train_split.classes), train_split.classes)
+            teacher_model = teacher.load_teacher(recipe.teacher, len(train_split.classes),
+                                                 train_split.classes)
             teacher_model.to(place.device)
     student = build_student(model, recipe, place)
-    loader = data.train_loader(train_split.images, sampler, recipe.image_size, rand_augment=recipe.rand_augment,
-                               erasing=recipe.erasing, seed=recipe.seed, workers=workers)
+    loader = data.train_loader(train_split.images, sampler, recipe.image_size,
+                               rand_augment=recipe.rand_augment, erasing=recipe.erasing, seed=recipe.seed,
+                               workers=workers)
     val_loader = data.eval_loader(val_split.images, recipe.image_size, batch_size=BATCH_SIZE, workers=workers,
                                   rank=place.rank, world_size=place.world_size)
     return Run(recipe, student, teacher_model, train_split, val_split, sampler, loader, val_loader, workers)
@@ -613,8 +651,8 @@ def make_demo_teacher(recipe, place, folder):
     batch_size = math.ceil(DEMO_TEACHER["batch_size"] / place.world_size) * place.world_size
     if place.rank == 0:
         print("first a teacher for the demo's classes:", flush=True)
-    train(make_recipe(DEMO_TEACHER | own | {"data": "demo", "batch_size": batch_size}), place, folder / "teacher",
-          read_last(folder / "teacher"))
+    train(make_recipe(DEMO_TEACHER | own | {"data": "demo", "batch_size": batch_size}), place,
+          folder / "teacher", read_last(folder / "teacher"))
     if place.rank == 0:
         print("\nthen the student:", flush=True)
     return str(folder / "teacher" / "best.pth")
@@ -623,22 +661,26 @@ def make_demo_teacher(recipe, place, folder):
 def check_same_run(state, checkpoint, run, place):
     """Raises ValueError unless the checkpoint is of this data, and every rank has read the same one."""
     if checkpoint["classes"] != run.train_split.classes or state["images"] != len(run.train_split.images):
-        raise ValueError(f"the run to resume was on {state['images']:,} images of {len(checkpoint['classes'])} classes, and "
-                         f"{run.recipe.data} now has {len(run.train_split.images):,} of {len(run.train_split.classes)}, or other "
+        raise ValueError(f"the run to resume was on {state['images']:,} images of "
+                         f"{len(checkpoint['classes'])} classes, and {run.recipe.data} now has "
+                         f"{len(run.train_split.images):,} of {len(run.train_split.classes)}, or other "
                          "names: give the same data")
     steps = torch.tensor([state["step"], -state["step"]], device=place.device)
     if place.world_size > 1:
         dist.all_reduce(steps, dist.ReduceOp.MAX)
         if steps[0] != -steps[1]:
-            raise ValueError("the processes see different checkpoints: --output must be a folder that all machines share")
+            raise ValueError("the processes see different checkpoints: --output must be a folder that "
+                             "all machines share")
 
 
 def train(recipe, place, folder, checkpoint=None):
-    """Trains into the folder, from a checkpoint of the same run on if there is one; returns the state at the end."""
+    """Trains into the folder, from a checkpoint of the same run on if there is one; returns
+    the state at the end."""
     with one_line_errors("train.py", OSError, ValueError, data.BadImage):
         run = prepare(recipe, place, folder)
         recipe, student, sampler = run.recipe, run.student, run.sampler
-        state = {"step": 0, "log": [], "best": -1.0, "epoch_sums": None, "images": len(run.train_split.images)}
+        state = {"step": 0, "log": [], "best": -1.0, "epoch_sums": None,
+                 "images": len(run.train_split.images)}
         if checkpoint:
             check_same_run(checkpoint["state"], checkpoint, run, place)
             restore(student, checkpoint)
@@ -660,13 +702,14 @@ def train(recipe, place, folder, checkpoint=None):
         if progress.stopping:
             leave(progress, folder)
 
-    unfinished = state["epoch_sums"] is not None                         # an epoch whose end is still to be validated
+    unfinished = state["epoch_sums"] is not None                 # an epoch whose end is still to be validated
     for epoch in range((state["step"] - unfinished) // sampler.steps, recipe.epochs):
         start = epoch * sampler.steps
         sampler.set_epoch(epoch, first_step=max(0, state["step"] - start))
         for step in train_epoch(run, place, epoch, progress):
             save_run(start + step, progress.epoch_sums.tolist())
-        save_run(start + sampler.steps, progress.epoch_sums.tolist())    # validation takes time in which much can happen
+        # validation takes time in which much can happen
+        save_run(start + sampler.steps, progress.epoch_sums.tolist())
         terms = dict(zip(progress.terms, (progress.epoch_sums / sampler.steps).tolist()))
         record = describe_epoch(epoch, recipe, sampler.steps, terms, validate(student, run.val_loader, place))
         progress.end_epoch(record)
@@ -686,8 +729,8 @@ def leave(progress, folder):
     progress.close()
     if progress.place.rank == 0:
         run_folder = folder.parent if folder.name == "teacher" else folder
-        print(f"stopped by a signal, saved in {folder / 'last.pth'}; to go on: the same command with --resume --output "
-              f"{shlex.quote(str(run_folder))}", flush=True)
+        print(f"stopped by a signal, saved in {folder / 'last.pth'}; to go on: the same command with "
+              f"--resume --output {shlex.quote(str(run_folder))}", flush=True)
     if dist.is_initialized():
         dist.barrier()
     sys.exit(128 + (progress.signal or signal.SIGTERM))
@@ -703,7 +746,8 @@ def find_folder(recipe, place):
     of the name."""
     name = f"{recipe.model}{'-distilled' if recipe.distill else ''}-{Path(recipe.data).name}"
     first = Path(recipe.output or f"runs/{name}")
-    numbered = [first] if recipe.output else [first, *(first.with_name(f"{name}-{n}") for n in range(2, 10_000))]
+    numbered = [first] if recipe.output else [
+        first, *(first.with_name(f"{name}-{n}") for n in range(2, 10_000))]
     folder = None
     if place.rank == 0 and resuming(recipe):
         folder = next((path for path in reversed(numbered) if path.is_dir()), first)
@@ -737,19 +781,21 @@ def read_last(folder):
     if not path.exists():
         return None
     checkpoint = deit.read_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not {"model", "optimizer", "scaler", "state", "recipe"} <= checkpoint.keys():
+    if (not isinstance(checkpoint, dict)
+            or not {"model", "optimizer", "scaler", "state", "recipe"} <= checkpoint.keys()):
         raise ValueError(f"{path} is not a training checkpoint of this program")
     return checkpoint
 
 
 def saved_recipe(typed, checkpoint):
-    """The recipe of the run to go on with. Raises ValueError if a typed flag would change what it computes."""
+    """The recipe of the run to go on with. Raises ValueError if a typed flag would
+    change what it computes."""
     free = ("resume", "output", "data", "teacher", "any_teacher", "workers", "accum_steps", "compile")
     saved = {item.name: checkpoint["recipe"].get(item.name, item.default) for item in fields(Recipe)}
     for name, value in typed.items():
         if name not in free and value not in (saved[name], "auto"):
-            raise ValueError(f"--{name.replace('_', '-')} {value}, but the run to resume has {saved[name]}: leave the flag "
-                             "out, or start a new run with another --output")
+            raise ValueError(f"--{name.replace('_', '-')} {value}, but the run to resume has "
+                             f"{saved[name]}: leave the flag out, or start a new run with another --output")
     return Recipe(**saved | {name: typed[name] for name in free if name in typed})
 
 
@@ -763,26 +809,30 @@ def main():
         with one_line_errors("train.py", OSError, ValueError):
             checkpoint = read_last(folder)
             if resuming(recipe):
-                if recipe.resume and not checkpoint and not (recipe.distill and (folder / "teacher" / "last.pth").exists()):
-                    raise ValueError(f"nothing to resume: no {folder / 'last.pth'}; type the whole command of the run, or leave "
-                                     "--resume out to start")
+                if recipe.resume and not checkpoint and not (
+                        recipe.distill and (folder / "teacher" / "last.pth").exists()):
+                    raise ValueError(f"nothing to resume: no {folder / 'last.pth'}; type the whole "
+                                     "command of the run, or leave --resume out to start")
             elif any((folder / name).exists() for name in ("last.pth", "best.pth", "log.jsonl")):
-                raise ValueError(f"{folder} holds a run already: --resume goes on with it, another --output starts a new one")
+                raise ValueError(f"{folder} holds a run already: --resume goes on with it, another "
+                                 "--output starts a new one")
             recipe = saved_recipe(typed, checkpoint) if checkpoint else recipe
         if place.rank == 0 and recipe.data == "demo" and "data" not in typed and not checkpoint:
-            print("NO --data AND NO ./imagenet HERE: training on the built-in demo, ten kinds of patterns drawn on the fly.\n"
+            print("NO --data AND NO ./imagenet HERE: training on the built-in demo, ten kinds of "
+                  "patterns drawn on the fly.\n"
                   "For your own images: --data DIR, a folder with train/ and val/.", flush=True)
         with one_line_errors("train.py", OSError, data.BadImage):
             state = train(recipe, place, folder, checkpoint)
     except (SystemExit, KeyboardInterrupt) as error:
         with contextlib.suppress(OSError):
-            folder.rmdir()                                               # a run that could not start leaves nothing
+            folder.rmdir()                                         # a run that could not start leaves nothing
         sys.exit(error.code if isinstance(error, SystemExit) else 128 + signal.SIGINT)
     if place.rank == 0:
         last, best = state["log"][-1], max(state["log"], key=lambda record: record["top1"])
-        print(f"done: top-1 {last['top1']:.2f}, top-5 {last['top5']:.2f} after {recipe.epochs} epochs; best top-1 "
-              f"{best['top1']:.2f} in epoch {best['epoch']}\n"
-              f"python evaluate.py --weights {shlex.quote(str(folder / 'best.pth'))} --data {shlex.quote(recipe.data)}")
+        print(f"done: top-1 {last['top1']:.2f}, top-5 {last['top5']:.2f} after {recipe.epochs} epochs; "
+              f"best top-1 {best['top1']:.2f} in epoch {best['epoch']}\n"
+              f"python evaluate.py --weights {shlex.quote(str(folder / 'best.pth'))} "
+              f"--data {shlex.quote(recipe.data)}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -28,7 +28,7 @@ def start(folder, output, epochs, processes, workers, *more):
              "--workers", workers, "--output", output, *more]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([*program, str(ROOT / "tests" / "train_with_faults.py"), *map(str, flags)], env=env,
-                            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def kill(process):

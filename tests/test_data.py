@@ -343,8 +343,10 @@ def test_hidden_and_stray_files_are_ignored(folder):
     for stray in ("train/cat/.hidden.jpg", "train/cat/notes.txt", "val/Thumbs.db", "train/README"):
         (folder / stray).write_text("not an image")
     (folder / "val" / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "dog" / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "dog" / "0.jpg").rename(folder / "train" / "dog" / ".ipynb_checkpoints" / "0.jpg")
     train, val = data.open_dataset(folder)
-    assert (len(train.images), len(val.images), train.classes) == (48, 15, ["cat", "dog", "owl"])
+    assert (len(train.images), len(val.images), train.classes) == (47, 15, ["cat", "dog", "owl"])
 
 
 def test_an_unreadable_image_is_named(folder):

@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import signal
 import struct
 import zlib
 
@@ -12,13 +13,23 @@ from PIL import Image
 import data
 import train
 from conftest import ROOT, run_script
-from kill_and_resume import difference, survive
+from kill_and_resume import difference, start, survive, wait_for_saves
 from test_train import small_run, train_in_process
 
 
 @pytest.mark.parametrize("processes, workers, kills", [(1, 0, 1), (1, 2, 2)])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(processes, workers, kills, tmp_path):
     assert survive(tmp_path, kills, processes, workers, seed=workers) == (kills, None)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_to_all_processes_at_once_saves_and_leaves(processes, shared_folder, tmp_path):
+    process = start(shared_folder, tmp_path / "run", 50, processes, 1)  # loader workers get the signal too, as on a cluster
+    wait_for_saves(process, tmp_path / "run" / "last.pth", 2)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode != 0 and "stopped by a signal, saved in" in output, errors
+    assert "DataLoader worker" not in errors
 
 
 def run_with_fault(monkeypatch, fault, *args, processes=2, restarts=0):

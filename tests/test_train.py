@@ -303,6 +303,21 @@ def test_a_mistake_is_one_line_and_a_status_before_any_work(args, message, share
     assert not list(tmp_path.glob("runs/*"))                             # no folder of a run that never was
 
 
+def test_a_run_is_resumed_on_its_own_data_only(folder, tmp_path, monkeypatch, capsys):
+    train_in_process(monkeypatch, *small_run(folder, tmp_path / "run", "--epochs", 1))
+    (folder / "train" / "cat" / "0.jpg").unlink()
+    with pytest.raises(SystemExit):
+        train_in_process(monkeypatch, "--resume", "--output", tmp_path / "run")
+    assert "the run to resume was on 48 images of 3 classes" in capsys.readouterr().err
+
+
+def test_the_log_names_averaged_weights_and_heads(shared_folder, tmp_path, monkeypatch):
+    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1, "--ema", 0.5))
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert {"top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss", "train_loss"} <= record.keys()
+    assert not any("__" in name or name.startswith("_") for name in record)
+
+
 def test_an_image_that_cannot_be_read_stops_the_run_with_its_path(folder, tmp_path, monkeypatch, capsys):
     path = folder / "train" / "dog" / "3.jpg"
     path.write_bytes(path.read_bytes()[:300])
