@@ -35,11 +35,10 @@ def shared_folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("shared") / "images")
 
 
-def run_script(script, *args, processes=None, restarts=0, cwd=ROOT, check=True):
+def run_script(script, *args, processes=None, cwd=ROOT, check=True):
     """Runs a script by python, or by torchrun with that many processes, and returns the finished process."""
     start = [sys.executable] if processes is None else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-        f"--max-restarts={restarts}"]
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*start, str(ROOT / script), *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True,
                           timeout=300)
