@@ -658,19 +658,23 @@ def make_demo_teacher(recipe, place, folder):
     return str(folder / "teacher" / "best.pth")
 
 
-def check_same_run(state, checkpoint, run, place):
-    """Raises ValueError unless the checkpoint is of this data, and every rank has read the same one."""
-    if checkpoint["classes"] != run.train_split.classes or state["images"] != len(run.train_split.images):
-        raise ValueError(f"the run to resume was on {state['images']:,} images of "
-                         f"{len(checkpoint['classes'])} classes, and {run.recipe.data} now has "
-                         f"{len(run.train_split.images):,} of {len(run.train_split.classes)}, or other "
-                         "names: give the same data")
-    steps = torch.tensor([state["step"], -state["step"]], device=place.device)
+def check_same_data(checkpoint, run):
+    """Raises ValueError unless the checkpoint is of the run's data."""
+    classes, images = checkpoint["classes"], checkpoint["state"]["images"]
+    if classes != run.train_split.classes or images != len(run.train_split.images):
+        raise ValueError(f"the run to resume was on {images:,} images of {len(classes)} classes, and "
+                         f"{run.recipe.data} now has {len(run.train_split.images):,} of "
+                         f"{len(run.train_split.classes)}, or other names: give the same data")
+
+
+def check_same_step(step, place):
+    """Raises ValueError unless all processes have read the same checkpoint."""
+    steps = torch.tensor([step, -step], device=place.device)
     if place.world_size > 1:
         dist.all_reduce(steps, dist.ReduceOp.MAX)
-        if steps[0] != -steps[1]:
-            raise ValueError("the processes see different checkpoints: --output must be a folder that "
-                             "all machines share")
+    if steps[0] != -steps[1]:
+        raise ValueError("the processes see different checkpoints: --output must be a folder that all "
+                         "machines share")
 
 
 def train(recipe, place, folder, checkpoint=None):
@@ -682,9 +686,10 @@ def train(recipe, place, folder, checkpoint=None):
         state = {"step": 0, "log": [], "best": -1.0, "epoch_sums": None,
                  "images": len(run.train_split.images)}
         if checkpoint:
-            check_same_run(checkpoint["state"], checkpoint, run, place)
+            check_same_data(checkpoint, run)
             restore(student, checkpoint)
             state = checkpoint["state"]
+        check_same_step(state["step"], place)
         if place.rank == 0:
             check_room(run, folder)
         teacher_score = measure_teacher(run, place) if run.teacher else None
@@ -733,6 +738,7 @@ def leave(progress, folder):
               f"--resume --output {shlex.quote(str(run_folder))}", flush=True)
     if dist.is_initialized():
         dist.barrier()
+        dist.destroy_process_group()
     sys.exit(128 + (progress.signal or signal.SIGTERM))
 
 

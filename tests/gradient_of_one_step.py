@@ -36,3 +36,6 @@ progress = train.Progress(place, recipe, output.parent, run.sampler.steps, {"ste
 list(train.train_epoch(run, place, 0, progress))
 if place.rank == 0:
     torch.save({"gradient": recorder.gradients[0], "losses": progress.epoch_sums}, output)
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
