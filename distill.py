@@ -71,20 +71,21 @@ def main():
           "  distillation head  (1/2, 1/2)\n"
           "  teacher            (1/5, 4/5): says class 1\n")
 
-    loss, class_term, hard = distillation_loss(class_logits, distillation_logits, label, teacher_logits)
-    print(f"class term           -log 3/4                            = {class_term:.4f}")
-    print(f"hard distillation    -log 1/2                            = {hard:.4f}")
-    print(f"hard loss            1/2 {class_term:.4f} + 1/2 {hard:.4f}             = {loss:.4f}"
-          "      (equation 3)\n")
+    def row(name, work, value, source=""):
+        print(f"{name:<21}{work:<46}= {value:.4f}  {source}".rstrip())
 
+    loss, class_term, hard = distillation_loss(class_logits, distillation_logits, label, teacher_logits)
+    row("class term", "-log 3/4", class_term)
+    row("hard distillation", "-log 1/2", hard)
+    row("hard loss", f"1/2 {class_term:.4f} + 1/2 {hard:.4f}", loss, "equation 3")
+    print()
     loss, class_term, soft = distillation_loss(class_logits, distillation_logits, label, teacher_logits,
                                                kind="soft", alpha=0.1, temperature=1.0)
-    print(f"soft distillation    1/5 log (1/5)/(1/2) + 4/5 log (4/5)/(1/2) = {soft:.4f}")
-    print(f"soft loss            9/10 {class_term:.4f} + 1/10 {soft:.4f}           = {loss:.4f}      "
-          "(equation 2, lambda 0.1, tau 1)")
-    print(f"  with tau 2         softmax of half the logits: teacher (1/3, 2/3)\n"
-          f"                     4 (1/3 log 2/3 + 2/3 log 4/3)       = "
-          f"{soft_distillation(distillation_logits, teacher_logits, 2.0):.4f}")
+    row("soft distillation", "1/5 log (1/5)/(1/2) + 4/5 log (4/5)/(1/2)", soft)
+    row("soft loss", f"9/10 {class_term:.4f} + 1/10 {soft:.4f}", loss, "equation 2, lambda 0.1, tau 1")
+    print("with tau 2, softmax of half the logits: teacher (1/3, 2/3)")
+    row("soft distillation", "4 (1/3 log 2/3 + 2/3 log 4/3)",
+        soft_distillation(distillation_logits, teacher_logits, 2.0))
 
 
 if __name__ == "__main__":
