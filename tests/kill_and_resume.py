@@ -65,7 +65,7 @@ def difference(one, other):
 def survive(place, kills, processes, workers, seed):
     """Runs, kills, resumes until it has ended; returns (kills, first difference from a run left alone or None)."""
     folder, last, rng = write_folder(place / "images"), place / "cut" / "last.pth", random.Random(seed)
-    run = 2 + kills // 2, processes, workers                             # three steps an epoch, saved at each
+    run = 3 + 2 * kills, processes, workers                              # three steps an epoch, saved at each
     assert start(folder, place / "whole", *run).wait() == 0
     for kill_number in range(1, kills + 1):
         process = start(folder, place / "cut", *run, *(["--resume"] if last.exists() else []))
