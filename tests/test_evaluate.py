@@ -1,5 +1,4 @@
 """Evaluation against an independent loop, on any number of processes."""
-import math
 import re
 
 import numpy as np
