@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -253,14 +254,17 @@ def worker_options(workers):
     multiprocessing.set_forkserver_preload(["torchvision.transforms.v2", "torchvision.models",
                                             "torch.utils.tensorboard"])
     return {"pin_memory": torch.cuda.is_available(), "num_workers": workers, "persistent_workers": True,
-            "multiprocessing_context": "forkserver", "worker_init_fn": outlive_signals}
+            "multiprocessing_context": "forkserver", "worker_init_fn": live_and_die_with_the_run}
 
 
-def outlive_signals(worker):
+def live_and_die_with_the_run(worker):
     """Ctrl-C and Slurm signal every process at once, but the run needs a few batches more to end its
-    step and save: a worker ignores SIGINT and obeys SIGTERM 20 seconds late."""
+    step and save: a worker ignores SIGINT and obeys SIGTERM 20 seconds late. If the run was killed, so
+    is the worker: its own parent, the fork server, would keep it for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(20))
+    run = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (run.join(), os._exit(1)), daemon=True).start()
 
 
 def train_loader(images, sampler, image_size, *, rand_augment=9.0, erasing=0.25, seed=0, workers=0):

@@ -36,6 +36,7 @@ import teacher
 BATCH_SIZE = 64
 # points: the same weights differ by up to 0.146 top-5 between official and timm's published tables
 NOISE = 0.15
+TIMEOUT = timedelta(minutes=30)                                  # how long a process waits for the others
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -43,20 +44,23 @@ NOISE = 0.15
 
 
 class Place(NamedTuple):
-    """Where this process stands: its device, its rank among all processes and among those of this machine."""
+    """Where this process stands: its device, its rank among all processes and among those of this machine,
+    and how often torchrun has restarted them."""
     device: torch.device
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
+    restarts: int
 
 
 def join_processes():
     """Joins the process group if torchrun started this process (nccl on GPUs, gloo on CPUs). Raises
     ValueError if there are more processes on this machine than GPUs."""
-    rank, world_size, local_rank, local_world_size = (
+    rank, world_size, local_rank, local_world_size, restarts = (
         int(os.environ.get(name, default)) for name, default in (
-            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
+            ("TORCHELASTIC_RESTART_COUNT", 0)))
     torch.backends.cudnn.allow_tf32 = False                   # float32 is to mean float32 in convolutions too
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and local_world_size > gpus:
@@ -66,8 +70,25 @@ def join_processes():
     if gpus:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
-    return Place(device, rank, world_size, local_rank, local_world_size)
+        restarts = join_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank, world_size, restarts)
+    return Place(device, rank, world_size, local_rank, local_world_size, restarts)
+
+
+def join_group(backend, rank, world_size, restarts):
+    """Joins the group and returns how often torchrun has restarted it: the machines count differently."""
+    shared, machines = os.environ.get("TORCHELASTIC_USE_AGENT_STORE"), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    if restarts and machines > 1 and shared == "True":
+        raise OSError("torchrun --max-restarts on several machines needs "
+                      "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
+    store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    if machines == 1:
+        # torchrun keeps its store over restarts and in it the addresses of processes that are gone
+        # (pytorch/pytorch, issue 135712): each attempt gets names of its own
+        store = dist.PrefixStore(f"attempt {restarts}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    most = torch.tensor(restarts)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 @contextlib.contextmanager

@@ -309,7 +309,9 @@ class Progress:
         if self.place.world_size > 1:
             dist.all_reduce(exchange)
         *sums, norm, stop, due = exchange.tolist()
-        if not (all(map(math.isfinite, sums)) and (math.isfinite(norm) or scaler.is_enabled())):
+        # under fp16 a step with an overflow is skipped and the loss scale halved: as it should, down to 1
+        healthy = math.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() >= 1
+        if not (healthy and all(map(math.isfinite, sums))):
             self.end_diverged(epoch, step, lr, sums, norm, scaler)
         self.epoch_sums += torch.tensor(sums, dtype=torch.float64)
         if self.place.rank == 0:
@@ -755,7 +757,7 @@ def find_folder(recipe, place):
     numbered = [first] if recipe.output else [
         first, *(first.with_name(f"{name}-{n}") for n in range(2, 10_000))]
     folder = None
-    if place.rank == 0 and resuming(recipe):
+    if place.rank == 0 and resuming(recipe, place):
         folder = next((path for path in reversed(numbered) if path.is_dir()), first)
     elif place.rank == 0:
         folder = next(path for path in numbered if recipe.output or claim(path))
@@ -776,8 +778,8 @@ def claim(path):
     return True
 
 
-def resuming(recipe):
-    return recipe.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def resuming(recipe, place):
+    return recipe.resume or place.restarts > 0
 
 
 def read_last(folder):
@@ -814,7 +816,7 @@ def main():
     try:
         with one_line_errors("train.py", OSError, ValueError):
             checkpoint = read_last(folder)
-            if resuming(recipe):
+            if resuming(recipe, place):
                 if recipe.resume and not checkpoint and not (
                         recipe.distill and (folder / "teacher" / "last.pth").exists()):
                     raise ValueError(f"nothing to resume: no {folder / 'last.pth'}; type the whole "
@@ -822,7 +824,8 @@ def main():
             elif any((folder / name).exists() for name in ("last.pth", "best.pth", "log.jsonl")):
                 raise ValueError(f"{folder} holds a run already: --resume goes on with it, another "
                                  "--output starts a new one")
-            recipe = saved_recipe(typed, checkpoint) if checkpoint else recipe
+            if checkpoint:                              # one restarted by torchrun must be this very run
+                recipe = saved_recipe(typed if recipe.resume else asdict(recipe), checkpoint)
         if place.rank == 0 and recipe.data == "demo" and "data" not in typed and not checkpoint:
             print("NO --data AND NO ./imagenet HERE: training on the built-in demo, ten kinds of "
                   "patterns drawn on the fly.\n"

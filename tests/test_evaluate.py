@@ -269,7 +269,7 @@ def test_one_process_per_machine_goes_first(monkeypatch):
     monkeypatch.setattr(evaluate.dist, "barrier", lambda: order.append("barrier"))
     for local_rank in (0, 1):
         order.append(f"process {local_rank}")
-        with evaluate.one_per_machine_first(evaluate.Place(torch.device("cpu"), local_rank, 2, local_rank, 2)):
+        with evaluate.one_per_machine_first(evaluate.Place(torch.device("cpu"), local_rank, 2, local_rank, 2, 0)):
             order.append("download")
     assert order == ["process 0", "download", "barrier", "process 1", "barrier", "download"]
 

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import struct
+import time
 import zlib
 
 import pytest
@@ -22,14 +23,29 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(processes, worke
     assert survive(tmp_path, kills, processes, workers, seed=workers) == (kills, None)
 
 
+def test_torchrun_restarts_a_run_whose_rank_was_killed_and_it_ends_with_the_same_bits(tmp_path):
+    assert survive(tmp_path, 2, 2, 1, seed=3, elastic=True) == (2, None)
+
+
+def test_a_killed_run_leaves_no_process_behind(shared_folder, tmp_path):
+    process = start(shared_folder, tmp_path / "run", 50, 1, 2)
+    wait_for_saves(process, tmp_path / "run" / "last.pth", 1)
+    os.kill(process.pid, signal.SIGKILL)                                 # and not its loader workers
+    process.wait()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_to_all_processes_at_once_saves_and_leaves(processes, shared_folder, tmp_path):
     process = start(shared_folder, tmp_path / "run", 50, processes, 1)  # loader workers get the signal too, as on a cluster
     wait_for_saves(process, tmp_path / "run" / "last.pth", 2)
     os.killpg(process.pid, signal.SIGTERM)
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode != 0 and "stopped by a signal, saved in" in output, errors
-    assert "DataLoader worker" not in errors
+    assert process.wait(timeout=100) != 0
+    printed = (tmp_path / "run.txt").read_text()
+    assert "stopped by a signal, saved in" in printed and "DataLoader worker" not in printed, printed
 
 
 def run_with_fault(monkeypatch, fault, *args):
@@ -45,22 +61,60 @@ def test_nan_on_one_rank_stops_all_and_that_rank_says_so(shared_folder, tmp_path
     assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["state"]["step"] == 4
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(shared_folder, tmp_path, monkeypatch, capsys):
-    class Overflowing(torch.autograd.Function):
-        @staticmethod
-        def forward(context, x):
-            return x.clone()
+def test_a_stuck_rank_ends_the_run_with_a_message_instead_of_hanging_for_ever(shared_folder, tmp_path, monkeypatch):
+    done = run_with_fault(monkeypatch, "stuck:1:4", *small_run(shared_folder, tmp_path / "run"))
+    assert done.returncode != 0 and "train.py: rank 0 leaves, another process is gone or stuck" in done.stderr, done.stderr
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["state"]["step"] == 4
 
-        @staticmethod
-        def backward(context, gradient):
-            return gradient * float("inf")
 
+class Overflowing(torch.autograd.Function):
+    """The identity, whose gradient overflows for as long as there are `times` left."""
+    times = 0
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        Overflowing.times -= 1
+        return gradient * (float("inf") if Overflowing.times >= 0 else 1)
+
+
+@pytest.fixture
+def overflow(monkeypatch):
     forward = train.deit.DeiT.forward
     monkeypatch.setattr(train.deit.DeiT, "forward", lambda self, images: Overflowing.apply(forward(self, images)))
+    return lambda times: setattr(Overflowing, "times", times)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(shared_folder, tmp_path, monkeypatch, capsys, overflow):
+    overflow(1)
     with pytest.raises(SystemExit) as stop:
         train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run"))
     assert stop.value.code == 1 and not (tmp_path / "run" / "last.pth").exists()
     assert "the gradient is not finite between steps 0 and 0" in capsys.readouterr().err
+
+
+def in_fp16(monkeypatch):
+    """As on a GPU; on a CPU it is refused for being slow."""
+    monkeypatch.setattr(train, "choose_precision", lambda precision, place: "fp16")
+
+
+def test_under_fp16_an_overflow_is_skipped_and_is_no_divergence(shared_folder, tmp_path, monkeypatch, overflow):
+    in_fp16(monkeypatch)
+    overflow(1)
+    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 2))
+    last = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert last["scaler"]["scale"] == 2**15 and last["optimizer"]["state"][0]["step"] == 5
+
+
+def test_under_fp16_a_loss_scale_below_1_is_divergence(shared_folder, tmp_path, monkeypatch, capsys, overflow):
+    in_fp16(monkeypatch)
+    overflow(1000)
+    with pytest.raises(SystemExit):
+        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 7))
+    assert "the gradient is not finite between steps 1 and 1 of epoch 5" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):

@@ -15,7 +15,7 @@ import evaluate
 import train
 from conftest import run_script
 
-CPU = evaluate.Place(torch.device("cpu"), 0, 1, 0, 1)
+CPU = evaluate.Place(torch.device("cpu"), 0, 1, 0, 1, 0)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,14 +1,18 @@
 """train.py as it is, with a checkpoint at every step and the faults that the environment asks for. Run by the tests.
 
     FAULT=nan:RANK:STEP      the loss of that rank becomes nan from that step on
+    FAULT=stuck:RANK:STEP    that rank sleeps for 12 seconds, and the others wait for 5
 """
 import os
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import deit
+import evaluate
 import train
 
 train.CHECKPOINT_MINUTES = 0
@@ -21,9 +25,13 @@ def faulty_forward(self, images):
     if self.training:
         steps.append(len(steps))
     due = mine and self.training and len(steps) > int(at)
-    return forward(self, images) * float("nan") if due else forward(self, images)
+    if due and kind == "stuck":
+        time.sleep(12)
+    return forward(self, images) * float("nan") if due and kind == "nan" else forward(self, images)
 
 
+if kind == "stuck":
+    evaluate.TIMEOUT = timedelta(seconds=5)
 if kind != "none":
     deit.DeiT.forward = faulty_forward
 if __name__ == "__main__":
