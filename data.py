@@ -305,6 +305,20 @@ def eval_loader(images, image_size, *, crop_ratio=0.875, batch_size=64, workers=
 # On the device: normalise, erase, mix
 
 
+def to_device(batches, device):
+    """The batches of a train_loader, with pixels and labels on the device. On a GPU each is copied on a
+    stream of its own, while the step before it computes."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for pixels, labels, *rest in batches:
+        with torch.cuda.stream(stream):                             # does nothing if there is none
+            pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (pixels, labels))
+        if stream:
+            torch.cuda.current_stream(device).wait_stream(stream)
+            for tensor in (pixels, labels):                         # not to be freed before the step has read it
+                tensor.record_stream(torch.cuda.current_stream(device))
+        yield pixels, labels, *rest
+
+
 @lru_cache
 def mean_and_std(device):
     return [torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)]

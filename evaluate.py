@@ -192,7 +192,8 @@ def evaluate(model, loader, device, *, columns=None, progress=False):
     `columns` gives the model's class for each of the data's, where those are a part of the model's or in
     another order; the model's other classes then do not take part. Every batch is filled up to the
     loader's batch size before the model sees it, since the arithmetic of a matrix product may depend on
-    its shape: an image gets the same logits in whichever batch it comes.
+    its shape: an image gets the same logits in whichever batch it comes. A compiled model runs as it was
+    before, for the same numbers as this script gives.
     """
     was_training = model.training
     model.eval()
@@ -201,16 +202,18 @@ def evaluate(model, loader, device, *, columns=None, progress=False):
         filler = pixels.new_zeros(loader.batch_size - len(pixels), *pixels.shape[1:])
         images = data.normalize(torch.cat((pixels, filler)).to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
-        for head, logits in predict(model, images).items():
+        with torch.compiler.set_stance("force_eager"):
+            heads = predict(model, images)
+        for head, logits in heads.items():
             logits = logits if columns is None else logits[:, columns]
             sums[head] = sums.get(head, 0) + count(logits[: len(labels)], labels)
     model.train(was_training)
-    heads = ("class", "distillation", "mean") if getattr(model, "distilled", False) else ("mean",)
-    totals = torch.stack([sums[head] if sums else torch.zeros(5, dtype=torch.int64, device=device)
-                          for head in heads])
+    names = ("class", "distillation", "mean") if getattr(model, "distilled", False) else ("mean",)
+    totals = torch.stack([sums[name] if sums else torch.zeros(5, dtype=torch.int64, device=device)
+                          for name in names])
     if dist.is_initialized():
         dist.all_reduce(totals)
-    return {head: Score(*row) for head, row in zip(heads, totals.tolist())}
+    return {name: Score(*row) for name, row in zip(names, totals.tolist())}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -229,6 +232,7 @@ class Loaded(NamedTuple):
 def load_any(source, *, image_size=None, ema=False):
     """A DeiT or a RegNet from a path, an https URL or a published name. Raises OSError or
     ValueError naming it."""
+    source = str(source)
     checkpoint = teacher.read_weights(source) if teacher.weights_url(source) else deit.read_checkpoint(source)
     content = checkpoint if isinstance(checkpoint, dict) else {}
     if teacher.find_weights(checkpoint):

@@ -87,7 +87,7 @@ class Recipe:
     ema: float = flag(
         0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none (the paper's default)", 0, 1)
     precision: str = flag("auto", "bf16, fp16 or fp32; auto is bf16 on GPUs that have it, else fp32")
-    compile: bool = flag(False, "torch.compile the model")
+    compile: bool = flag(False, "torch.compile the model and the teacher")
     workers: int = flag(None, "loader processes per process; default usable CPUs / processes here", 0)
     seed: int = flag(0, "everything random follows from it", 0)
     output: str = flag(None, "the run's folder; default runs/<model>-<data>, numbered")
@@ -197,7 +197,8 @@ class Student(NamedTuple):
 def train_epoch(run, place, epoch, progress):
     """One epoch, or what the sampler left of it. Yields the number of steps done
     whenever it is time to save."""
-    recipe, student, sampler, batches = run.recipe, run.student, run.sampler, iter(run.loader)
+    recipe, student, sampler = run.recipe, run.student, run.sampler
+    batches = data.to_device(run.loader, place.device)
     student.joined.train()
     for step in range(sampler.first_step, sampler.steps):
         lr = learning_rate(recipe, epoch + step / sampler.steps)
@@ -206,8 +207,7 @@ def train_epoch(run, place, epoch, progress):
         torch.manual_seed(data.seed_from(recipe.seed, epoch * sampler.steps + step, place.rank))
         for part in range(recipe.accum_steps):
             pixels, labels, indices, boxes = progress.wait_for(batches)
-            images = data.erase(data.normalize(pixels.to(place.device, non_blocking=True)), boxes)
-            labels = labels.to(place.device, non_blocking=True)
+            images = data.erase(data.normalize(pixels), boxes)
             images, targets = data.mix(images, labels, indices, len(run.train_split.classes),
                                        mixup=recipe.mixup, cutmix=recipe.cutmix, group=recipe.mix_group)
             with gradients_joined(student, part == recipe.accum_steps - 1):
@@ -622,6 +622,7 @@ def prepare(recipe, place, folder):
     """Builds the run. Raises ValueError or OSError, in seconds, for whatever would stop it later; only
     then, where the demo is to be distilled, its teacher is trained."""
     recipe = replace(recipe, precision=choose_precision(recipe.precision, place))
+    torch.backends.cudnn.benchmark = True                         # every batch has the same shape: the teacher's gain
     workers = usable_cpus() // place.local_world_size if recipe.workers is None else recipe.workers
     local_batch = split_batch(recipe, place)
     with one_per_machine_first(place):                               # it may download data, teacher or --init
@@ -638,6 +639,8 @@ def prepare(recipe, place, folder):
             teacher_model = teacher.load_teacher(recipe.teacher, len(train_split.classes),
                                                  train_split.classes)
             teacher_model.to(place.device)
+            if recipe.compile:
+                teacher_model.compile()
     student = build_student(model, recipe, place)
     loader = data.train_loader(train_split.images, sampler, recipe.image_size,
                                rand_augment=recipe.rand_augment, erasing=recipe.erasing, seed=recipe.seed,

@@ -200,6 +200,25 @@ def test_a_stopped_run_resumes_to_the_same_bits(stop_at, shared_folder, tmp_path
     assert (tmp_path / "whole" / "log.jsonl").read_bytes() == (tmp_path / "cut" / "log.jsonl").read_bytes()
 
 
+def test_a_compiled_run_learns_the_same_and_validates_as_evaluate_does(shared_folder, tmp_path, monkeypatch, capsys):
+    compiled, ordinary = [], nn.Module.compile                           # all of torch.compile but the slow last stage
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self) or ordinary(self, backend="aot_eager"))
+    torch.manual_seed(0)
+    torch.save({"model": train.teacher.create_regnet("regnet_x_400mf", 3).state_dict()}, tmp_path / "teacher.pth")
+    common = ("--distill", "--teacher", tmp_path / "teacher.pth", "--any-teacher", "--ema", 0.9, "--epochs", 2)
+    for name, more in (("eager", ()), ("compiled", ("--compile",))):
+        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / name, *common, *more))
+    eager, other = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+                    for name in ("eager", "compiled"))
+    assert [type(model).__name__ for model in compiled] == ["RegNet", "DeiT"]
+    assert [record["train_loss"] for record in other] == pytest.approx([record["train_loss"] for record in eager], rel=1e-5)
+    loaded = evaluate.load_any(tmp_path / "compiled" / "last.pth")
+    loader = data.eval_loader(data.open_split(shared_folder, train=False).images, 32)
+    scores = evaluate.evaluate(loaded.model, loader, torch.device("cpu"))
+    assert {head: scores[head].loss for head in ("class", "distillation")} == {
+        head: other[-1][f"{head}_loss"] for head in ("class", "distillation")}
+
+
 def test_a_run_is_never_overwritten(shared_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = [flag for flag in small_run(shared_folder, "runs/a", "--epochs", 1)]
