@@ -412,14 +412,29 @@ def check_architecture(state, source):
     return size, distilled, side * PATCH_SIZE, len(head)
 
 
-def load_model(source, *, image_size=None, num_classes=None, drop_path=0.0, ema=False, checkpoint=None):
+def with_tokens(state, model, distilled):
+    """The state of a distilled or plain DeiT made to fit a plain or distilled `model`: its distillation
+    token, that token's position and its head are left out, or are the model's fresh ones."""
+    if distilled and not model.distilled:
+        state = {name: value for name, value in state.items() if not name.startswith(("dist_token", "head_dist."))}
+        state["pos_embed"] = torch.cat((state["pos_embed"][:, :1], state["pos_embed"][:, 2:]), dim=1)
+    elif model.distilled and not distilled:
+        fresh, positions = model.state_dict(), state["pos_embed"]
+        state = state | {name: fresh[name] for name in ("dist_token", "head_dist.weight", "head_dist.bias")}
+        state["pos_embed"] = torch.cat((positions[:, :1], fresh["pos_embed"][:, 1:2], positions[:, 1:]), dim=1)
+    return state
+
+
+def load_model(source, *, image_size=None, num_classes=None, distilled=None, drop_path=0.0, ema=False,
+               checkpoint=None):
     """A DeiT from a path, an https URL or a published name; in evaluation mode.
 
     Size, distilled or not, image size and number of classes come from the tensors; the file may be in
     the official (or timm), mmpretrain, Hugging Face or this project's own layout. Loading is strict.
     `image_size` resizes the position grid; `num_classes`, where it differs from the file's, gives fresh
-    heads and says so; `checkpoint` is what read_checkpoint(source) gave, if it was read already. Raises
-    OSError or ValueError naming the source.
+    heads, and `distilled`, where it does, a fresh distillation token and head or none, and both say so.
+    `checkpoint` is what read_checkpoint(source) gave, if it was read already. Raises OSError or
+    ValueError naming the source.
     """
     checkpoint = read_checkpoint(source) if checkpoint is None else checkpoint
     state = find_weights(checkpoint, source, ema=ema)
@@ -427,21 +442,25 @@ def load_model(source, *, image_size=None, num_classes=None, drop_path=0.0, ema=
         raise ValueError(f"no DeiT in {source}: expected cls_token, pos_embed, "
                          "patch_embed.proj.weight, ... (or mmpretrain's or Hugging Face's names for "
                          f"them), found {describe_keys(checkpoint)}")
-    size, distilled, file_image_size, file_classes = check_architecture(state, source)
-    image_size = file_image_size if image_size is None else image_size
-    model = create_model(size, distilled=distilled, drop_path=drop_path, image_size=image_size,
+    size, was_distilled, file_image_size, file_classes = check_architecture(state, source)
+    model = create_model(size, distilled=was_distilled if distilled is None else distilled, drop_path=drop_path,
+                         image_size=file_image_size if image_size is None else image_size,
                          num_classes=file_classes if num_classes is None else num_classes)
-    state["pos_embed"] = resize_positions(state["pos_embed"], len(model.tokens), image_size)
+    state["pos_embed"] = resize_positions(state["pos_embed"], 2 if was_distilled else 1, model.image_size)
+    state, changes = with_tokens(state, model, was_distilled), []
+    if model.distilled != was_distilled:
+        changes.append("fresh distillation token and head" if model.distilled else
+                       "without its distillation token and head")
     if model.num_classes != file_classes:
-        print(f"{source}: fresh head for {model.num_classes} classes in place of the file's {file_classes}")
-        heads = ("head", "head_dist") if distilled else ("head",)
-        state |= {f"{head}.{name}": value
-                  for head in heads for name, value in getattr(model, head).state_dict().items()}
+        changes.append(f"fresh head for {model.num_classes} classes in place of the file's {file_classes}")
+        state |= {name: value for name, value in model.state_dict().items() if name.startswith("head")}
+    if changes:
+        print(f"{source}: {', '.join(changes)}")
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = "; ".join(line.strip() for line in str(error).split("\n")[1:])[:300]
-        raise ValueError(f"{source} does not fit DeiT-{size}{' distilled' if distilled else ''}: "
+        raise ValueError(f"{source} does not fit DeiT-{size}{' distilled' if was_distilled else ''}: "
                          f"{reason}") from None
     return model.eval()
 

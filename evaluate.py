@@ -141,12 +141,13 @@ def one_line_errors(program, *mistakes):
 
 class Score(NamedTuple):
     """Sums over images. The loss is a sum in units of 2^-32, an integer, so that no order
-    of adding changes it."""
+    of adding changes it; `agreed` counts the decisions that are also the teacher's."""
     images: int
     correct1: int
     correct5: int
     loss_units: int
     not_finite: int
+    agreed: int = 0
 
     @property
     def top1(self):
@@ -158,20 +159,27 @@ class Score(NamedTuple):
         return 100 * self.correct5 / self.images
 
     @property
+    def agreement(self):
+        """Percent of images decided as the teacher decides them: 100 minus the paper's table 4."""
+        return 100 * self.agreed / self.images
+
+    @property
     def loss(self):
         """Cross-entropy, mean over images. (The official code takes the mean over batches,
         the last being smaller.)"""
         return float("nan") if self.not_finite else self.loss_units / 2**32 / self.images
 
 
-def count(logits, labels):
-    """The five sums of a Score for one batch, as an int64 tensor."""
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+def count(logits, labels, opinions=None):
+    """The sums of a Score for one batch, as an int64 tensor."""
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = top == labels[:, None]
     losses = F.cross_entropy(logits.float(), labels, reduction="none").double()
     finite = losses.isfinite()
     units = (losses.where(finite, 0) * 2**32).round().long()
     return torch.stack([hits.new_ones(len(labels)).sum(), hits[:, 0].sum(), hits.sum(), units.sum(),
-                        (~finite).sum()])
+                        (~finite).sum(),
+                        hits.new_zeros(()) if opinions is None else (top[:, 0] == opinions).sum()])
 
 
 def predict(model, images):
@@ -185,32 +193,49 @@ def predict(model, images):
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, *, columns=None, progress=False):
+def predictions(model, loader, device, columns=None, progress=False):
+    """Yields ({head: logits}, labels) of each batch.
+
+    Every batch is filled up to the loader's batch size before the model sees it, since the arithmetic of
+    a matrix product may depend on its shape: an image gets the same logits in whichever batch it comes.
+    A compiled model runs as it was before, for the same numbers as this script gives.
+    """
+    was_training = model.training
+    model.eval()
+    for pixels, labels in tqdm(loader, desc="evaluate", unit="batch", disable=not progress, leave=False):
+        filler = pixels.new_zeros(loader.batch_size - len(pixels), *pixels.shape[1:])
+        images = data.normalize(torch.cat((pixels, filler)).to(device, non_blocking=True))
+        with torch.compiler.set_stance("force_eager"):
+            heads = predict(model, images)
+        yield ({head: logits[: len(labels)] if columns is None else logits[: len(labels), columns]
+                for head, logits in heads.items()}, labels.to(device, non_blocking=True))
+    model.train(was_training)
+
+
+def decisions(model, loader, device, columns=None):
+    """The model's class for each image of this process's loader, in order."""
+    return torch.cat([logits["mean"].argmax(dim=1) for logits, _ in predictions(model, loader, device, columns)]
+                     or [torch.zeros(0, dtype=torch.int64, device=device)])
+
+
+@torch.no_grad()
+def evaluate(model, loader, device, *, columns=None, opinions=None, progress=False):
     """{head: Score} over all images of all ranks' loaders (see data.eval_loader); `mean` is the model's
     own output.
 
     `columns` gives the model's class for each of the data's, where those are a part of the model's or in
-    another order; the model's other classes then do not take part. Every batch is filled up to the
-    loader's batch size before the model sees it, since the arithmetic of a matrix product may depend on
-    its shape: an image gets the same logits in whichever batch it comes. A compiled model runs as it was
-    before, for the same numbers as this script gives.
+    another order; the model's other classes then do not take part. `opinions` are a teacher's decisions
+    to compare with.
     """
-    was_training = model.training
-    model.eval()
-    sums = {}
-    for pixels, labels in tqdm(loader, desc="evaluate", unit="batch", disable=not progress, leave=False):
-        filler = pixels.new_zeros(loader.batch_size - len(pixels), *pixels.shape[1:])
-        images = data.normalize(torch.cat((pixels, filler)).to(device, non_blocking=True))
-        labels = labels.to(device, non_blocking=True)
-        with torch.compiler.set_stance("force_eager"):
-            heads = predict(model, images)
+    sums, start = {}, 0
+    for heads, labels in predictions(model, loader, device, columns, progress):
+        theirs = None if opinions is None else opinions[start:start + len(labels)]
+        start += len(labels)
         for head, logits in heads.items():
-            logits = logits if columns is None else logits[:, columns]
-            sums[head] = sums.get(head, 0) + count(logits[: len(labels)], labels)
-    model.train(was_training)
+            sums[head] = sums.get(head, 0) + count(logits, labels, theirs)
     names = ("class", "distillation", "mean") if getattr(model, "distilled", False) else ("mean",)
-    totals = torch.stack([sums[name] if sums else torch.zeros(5, dtype=torch.int64, device=device)
-                          for name in names])
+    nothing = torch.zeros(len(Score._fields), dtype=torch.int64, device=device)
+    totals = torch.stack([sums.get(name, nothing) for name in names])
     if dist.is_initialized():
         dist.all_reduce(totals)
     return {name: Score(*row) for name, row in zip(names, totals.tolist())}
@@ -425,6 +450,8 @@ def parse_flags():
     parser.add_argument("--reference", metavar="DIR",
                         help="a complete ImageNet train/ or val/: tells which class is which when --data "
                         "has a part of the 1000 (ImageNet-100, Imagenette, ImageNet-A, ImageNet-R)")
+    parser.add_argument("--teacher", metavar="T", help="with --data: how often each head decides as this teacher does "
+                        "(paper, table 4); official, a torchvision RegNet's name, a file or a URL")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE,
                         help=f"images per process (default {BATCH_SIZE})")
     parser.add_argument("--image-size", type=int, help="evaluate at another size than the file's (pixels)")
@@ -436,9 +463,9 @@ def parse_flags():
     args = parser.parse_args()
     if not args.data and not args.image:
         parser.error("give --data DIR to evaluate on, or --image FILE ... to look at")
-    if args.data and args.image or args.attention and not args.image:
-        parser.error("--data evaluates; --image names single pictures, with --attention as a figure: "
-                     "one or the other")
+    if args.data and args.image or args.attention and not args.image or args.teacher and not args.data:
+        parser.error("--data evaluates, with --teacher against its decisions; --image names single pictures, "
+                     "with --attention as a figure: one or the other")
     if (args.batch_size < 1 or args.image_size is not None and args.image_size < 1
             or (args.workers or 0) < 0 or not 0 < args.crop_ratio <= 1):
         parser.error("--batch-size and --image-size must be 1 or more, --crop-ratio above 0 and at most "
@@ -469,12 +496,17 @@ def score(args, loaded, split, place):
     loader = data.eval_loader(split.images, loaded.image_size, crop_ratio=args.crop_ratio,
                               batch_size=args.batch_size, workers=workers, rank=place.rank,
                               world_size=place.world_size)
+    opinions = None
+    if args.teacher:
+        guide = teacher.load_teacher(args.teacher, loaded.num_classes, loaded.classes).to(place.device)
+        opinions = decisions(guide, loader, place.device, columns)
     scores = evaluate(loaded.model.to(place.device), loader, place.device, columns=columns,
-                      progress=place.rank == 0)
+                      opinions=opinions, progress=place.rank == 0)
     if place.rank == 0:
-        for head in scores if len(scores) > 1 else ():
+        for head in scores if len(scores) > 1 or args.teacher else ():
+            agreement = f" agreement with the teacher {scores[head].agreement:.3f}" if args.teacher else ""
             print(f"{head:<13} Acc@1 {scores[head].top1:.3f} Acc@5 {scores[head].top5:.3f} "
-                  f"loss {scores[head].loss:.3f}")
+                  f"loss {scores[head].loss:.3f}{agreement}")
         if line := verdict(args.weights, loaded.image_size, args.crop_ratio, scores["mean"]):
             print(line)
         print("* Acc@1 {0.top1:.3f} Acc@5 {0.top5:.3f} loss {0.loss:.3f}".format(scores["mean"]))

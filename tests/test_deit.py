@@ -256,6 +256,21 @@ def test_a_fresh_head_is_made_only_when_asked_for_and_said(capsys):
     assert "fresh head for 7 classes in place of the file's 1000" in capsys.readouterr().out
 
 
+def test_a_plain_model_made_distilled_and_back_is_itself(capsys):
+    plain = deit.create_model("tiny", image_size=32, num_classes=5).eval()
+    distilled = deit.load_model("file", checkpoint=plain.state_dict(), distilled=True)
+    assert "fresh distillation token and head" in capsys.readouterr().out
+    fresh = {"dist_token", "head_dist.weight", "head_dist.bias"}
+    state, before = distilled.state_dict(), plain.state_dict()
+    assert state.keys() - before.keys() == fresh and state["dist_token"].std() > 0.01
+    assert torch.equal(state["pos_embed"][:, [0, 2, 3, 4, 5]], before["pos_embed"])
+    assert all(torch.equal(state[name], before[name]) for name in before.keys() - {"pos_embed"})
+    back = deit.load_model("file", checkpoint=state, distilled=False)
+    assert "without its distillation token and head" in capsys.readouterr().out
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(back(images), plain(images))
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda state: state.pop("blocks.3.attn.qkv.bias"), "blocks.3.attn.qkv.bias"),
     (lambda state: state.update(extra=torch.zeros(1)), "extra"),

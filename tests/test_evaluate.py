@@ -80,6 +80,30 @@ def test_counting_is_exact_for_batches_that_do_not_divide():
         assert score.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=1e-6)
 
 
+def test_agreement_counts_each_heads_decisions_that_are_the_teachers(shared_folder, capsys, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    student = evaluate.deit.create_model("tiny", distilled=True, image_size=32, num_classes=3).eval()
+    guide = evaluate.teacher.create_regnet("regnet_x_400mf", 3).train()
+    images = torch.stack([evaluate.data.eval_transform(32)(image) for image, _ in data.open_split(shared_folder, train=False).images])
+    images = data.normalize(images)
+    with torch.no_grad():
+        guide(images)                                                    # batch statistics that tell the images apart
+        student.head.weight.mul_(100)
+        student.head_dist.weight.mul_(100)
+        decided = guide.eval()(images).argmax(dim=1)
+        own = [logits.argmax(dim=1) for logits in student.forward_heads(images)]
+    expected = [100 * (head == decided).double().mean().item() for head in own]
+    torch.save(student.state_dict(), tmp_path / "student.pth")
+    torch.save(guide.state_dict(), tmp_path / "teacher.pth")
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--weights", str(tmp_path / "student.pth"), "--data", str(shared_folder),
+                                     "--workers", "0", "--teacher", str(tmp_path / "teacher.pth")])
+    evaluate.main()
+    printed = capsys.readouterr().out
+    assert 0 < expected[0] < 100 or 0 < expected[1] < 100
+    for head, value in zip(("class", "distillation"), expected):
+        assert re.search(rf"^{head} .* agreement with the teacher {value:.3f}$", printed, re.MULTILINE), printed
+
+
 def test_a_loss_that_is_not_finite_is_nan():
     score = evaluate.Score(*evaluate.count(torch.tensor([[0.0, float("nan")], [1.0, 2.0]]), torch.tensor([1, 1])).tolist())
     assert np.isnan(score.loss) and score.images == 2

@@ -1,0 +1,91 @@
+"""What should never drift: who imports whom, what is needed, how long a function is, what the README says there is."""
+import ast
+import re
+import sys
+from dataclasses import fields
+
+import pytest
+
+import train
+from conftest import ROOT, run_script
+
+SCRIPTS = ("deit", "distill", "data", "teacher", "evaluate", "train")
+SOURCE = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
+TREE = {name: ast.parse(source) for name, source in SOURCE.items()}
+README = (ROOT / "README.md").read_text()
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_four_leaves_evaluate_on_three_of_them_and_train_on_all():
+    graph = {name: set(imports(tree)) & set(SCRIPTS) for name, tree in TREE.items()}
+    assert graph == {"deit": set(), "distill": set(), "data": set(), "teacher": set(), "evaluate": {"deit", "data", "teacher"},
+                     "train": {"deit", "distill", "data", "teacher", "evaluate"}}
+
+
+def test_nothing_is_imported_beyond_the_five_packages_and_pillow_which_torchvision_brings():
+    others = set().union(*map(imports, TREE.values())) - set(sys.stdlib_module_names) - set(SCRIPTS)
+    required = set(re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    assert required == {"torch", "torchvision", "numpy", "tqdm", "tensorboard"}
+    assert others == required - {"tensorboard"} | {"PIL", "safetensors"}    # safetensors only where a file asks for it
+
+
+def test_the_top_level_holds_the_six_scripts_and_nothing_else_that_runs():
+    assert {path.name for path in ROOT.iterdir() if path.suffix == ".py"} == {f"{name}.py" for name in SCRIPTS}
+
+
+def test_every_field_of_the_recipe_is_read():
+    read = {node.attr for node in ast.walk(TREE["train"]) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+            and isinstance(node.value, (ast.Name, ast.Attribute))
+            and "recipe" in (node.value.id if isinstance(node.value, ast.Name) else node.value.attr)}
+    assert {item.name for item in fields(train.Recipe)} <= read
+
+
+def test_every_preset_sets_fields_of_the_recipe():
+    names = {item.name for item in fields(train.Recipe)}
+    assert all(set(preset.values) <= names and preset.source for preset in train.PRESETS.values())
+
+
+def test_no_function_is_longer_than_60_lines():
+    lengths = {f"{name}.{node.name}": node.end_lineno - node.lineno + 1 for name, tree in TREE.items()
+               for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert not {name: length for name, length in lengths.items() if length > 60}
+
+
+def test_no_line_is_longer_than_a_table_row_needs():
+    assert max(map(len, "\n".join(SOURCE.values()).splitlines())) <= 120
+
+
+def test_every_file_is_read_without_unpickling():
+    for source in SOURCE.values():
+        calls = len(re.findall(r"torch\.load\(|load_state_dict_from_url\(", source))
+        assert source.count("weights_only=True)") == calls and "pickle" not in source
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_a_help_text(script):
+    flags = [node for node in ast.walk(TREE[script]) if isinstance(node, ast.Call)
+             and getattr(node.func, "attr", "") == "add_argument"]
+    assert all("help" in {keyword.arg for keyword in node.keywords} for node in flags)
+    assert "-h, --help" in run_script(f"{script}.py", "--help").stdout
+
+
+def test_the_flags_and_files_that_the_readme_names_exist():
+    known = set(re.findall(r"--[a-z][a-z-]+", "".join(run_script(f"{name}.py", "--help").stdout for name in SCRIPTS)))
+    known |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "tests" / "kill_and_resume.py").read_text()
+                            + (ROOT / "tests" / "benchmark.py").read_text()))
+    torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts", "--logdir"}
+    torchrun |= {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal", "--requeue"}
+    assert set(re.findall(r"--[a-z][a-z_-]+", README)) - torchrun <= known
+    files = set(re.findall(r"`((?:tests/)?[a-z_]+\.(?:py|txt|md))`", README))
+    assert files and all((ROOT / file).exists() for file in files)
+
+
+def test_the_readme_shows_every_preset():
+    assert all(f"`{name}`" in README for name in train.PRESETS)
