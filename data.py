@@ -23,6 +23,7 @@ import signal
 import sys
 import threading
 from functools import lru_cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
@@ -253,6 +254,10 @@ def worker_options(workers):
         return {"pin_memory": torch.cuda.is_available()}
     multiprocessing.set_forkserver_preload(["torchvision.transforms.v2", "torchvision.models",
                                             "torch.utils.tensorboard"])
+    # signals to the whole process group are not for the server either: it inherits that they are ignored
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    forkserver.ensure_running()
+    signal.signal(signal.SIGTERM, before)
     return {"pin_memory": torch.cuda.is_available(), "num_workers": workers, "persistent_workers": True,
             "multiprocessing_context": "forkserver", "worker_init_fn": live_and_die_with_the_run}
 
@@ -380,7 +385,13 @@ def read_rgb(path):
     published numbers did."""
     try:
         with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
+            image = Image.open(file)
+            if image.mode.startswith("I;16"):                       # which Pillow's own conversion would clip
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} have no fixed range: save it with 8 bits")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:                                    # Pillow raises anything from struct to zlib
         raise BadImage(f"cannot read image {path}: {type(error).__name__}: {error}") from None
 
@@ -535,6 +546,9 @@ def open_dataset(data):
                  for side, names in only.items() if names]
         raise ValueError(f"train/ and val/ of {data} have different classes: {', '.join(parts)}; "
                          "they must be the same")
+    if len(train.classes) < 2:
+        raise ValueError(f"{data} has one class only ({train.classes[0]}): give each class a folder of its "
+                         "own in train/ and val/")
     return train, val
 
 

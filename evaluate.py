@@ -16,6 +16,7 @@ import argparse
 import collections
 import contextlib
 import math
+import multiprocessing
 import os
 import re
 import sys
@@ -124,8 +125,14 @@ def one_line_errors(program, *mistakes):
             time.sleep(10)                                 # the first process says it, unless it has no error
         reason = str(error).strip().split("\n")[-1]              # a loader's worker puts its traceback before
         print(f"{program}: {reason.removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)
+        for worker in multiprocessing.active_children():            # they would take their time to be told
+            worker.kill()
         sys.exit(1)
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            print(f"{program}: {str(error).splitlines()[0][:150]} The machine may be out of memory: "
+                  "fewer --workers", file=sys.stderr, flush=True)
+            os._exit(1)
         if not dist.is_initialized() or not re.search("connection|peer|timed out|timeout", str(error),
                                                       re.IGNORECASE):
             raise

@@ -16,6 +16,7 @@ images at the same rate.
 """
 import argparse
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -93,7 +95,7 @@ class Recipe:
     precision: str = flag("auto", "bf16, fp16 or fp32; auto is bf16 on GPUs that have it, else fp32")
     compile: bool = flag(False, "torch.compile the model and the teacher")
     workers: int = flag(None, "loader processes per process; default usable CPUs / processes here", 0)
-    seed: int = flag(0, "everything random follows from it", 0)
+    seed: int = flag(0, "everything random follows from it", 0, 2**63 - 1)
     output: str = flag(None, "the run's folder; default runs/<model>-<data>")
     resume: bool = flag(False, "go on with the run in --output")
 
@@ -109,14 +111,14 @@ PRESETS = {
     "finetune-384": Preset(
         {"image_size": 384, "epochs": 30, "batch_size": 512, "lr": 5e-6, "min_lr": 5e-6, "weight_decay": 1e-8,
          "drop_path": 0.0, "ema": 0.99996},
-        "official command for base, 82.89 %, where dropping paths is off; with --distill, our choice of the same"),
+        "official command for base, 82.89 %, where no path is dropped; with --distill it is our choice"),
     "mmpretrain-small": Preset(
         {"warmup_epochs": 20.0, "clip_grad": 5.0, "repeats": 1, "drop_path": 0.0},
-        "mmpretrain's plain models: tiny 74.50 %, small 80.69 % (base 81.76 % with --drop-path 0.1 --ema 0.99996)"),
+        "mmpretrain's plain models: tiny 74.50 %, small 80.69 %"),
     "cifar-cars": Preset(
         {"optimizer": "sgd", "lr": 0.01 * 512 / 768, "weight_decay": 1e-4, "batch_size": 768, "epochs": 1000,
          "erasing": 0.0, "drop_path": 0.0},
-        "facebookresearch/deit, issue 45, for CIFAR-10 and Cars (0.01 taken as the rate at 768); CIFAR-100: issue 175"),
+        "facebookresearch/deit, issues 45 and 175 (0.01 taken as the rate at 768): CIFAR and Cars"),
     "inaturalist": Preset(
         {"lr": 7.5e-5 * 512 / 768, "batch_size": 768, "epochs": 360, "erasing": 0.1},
         "facebookresearch/deit, issues 105 and 141, for base"),
@@ -148,15 +150,18 @@ def listing(values):
                      for name, value in values.items())
 
 
-CHOICES = {"precision": ("auto", "bf16", "fp16", "fp32"), "optimizer": ("adamw", "sgd"), "recipe": tuple(PRESETS)}
+CHOICES = {"precision": ("auto", "bf16", "fp16", "fp32"), "optimizer": ("adamw", "sgd"),
+           "recipe": tuple(PRESETS)}
 
 
 def parse_recipe():
     """The flags as typed, as a dict: nothing in it was not typed."""
-    presets = "\n".join(f"  {name}: {preset.source}\n      {listing(preset.values)}" for name, preset in PRESETS.items())
+    presets = "\n".join(f"  {name}: {preset.source}\n      {listing(preset.values)}"
+                        for name, preset in PRESETS.items())
     parser = OneLineParser(description="Trains a DeiT, or a RegNet to teach one.", allow_abbrev=False,
                            epilog=f"recipes (rates at a batch of 512):\n{presets}",
-                           formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+                           formatter_class=argparse.RawDescriptionHelpFormatter,
+                           argument_default=argparse.SUPPRESS)
     for item in fields(Recipe):
         name, shown = "--" + item.name.replace("_", "-"), item.metadata["help"]
         if item.default not in (None, False):
@@ -203,8 +208,6 @@ def make_recipe(typed):
             raise ValueError(f"--{item.name.replace('_', '-')} {value}: it must be {bounds}")
     if is_deit and recipe.image_size % deit.PATCH_SIZE:
         deit.create_model(recipe.model, image_size=recipe.image_size)   # raises, with the size to use instead
-    if not is_deit and recipe.batch_size < 2:
-        raise ValueError(f"--batch-size {recipe.batch_size}: batch norm needs 2 images or more")
     recipe.alpha = recipe.alpha if recipe.alpha is not None else 0.1 if recipe.distill == "soft" else 0.5
     recipe.mix_group = recipe.mix_group or (64 if recipe.model == "base" else 256)
     return recipe
@@ -248,7 +251,8 @@ def train_epoch(run, place, epoch, progress):
     """One epoch, or what the sampler left of it. Yields the number of steps done
     whenever it is time to save."""
     recipe, student, sampler = run.recipe, run.student, run.sampler
-    batches = data.to_device(iter(run.loader), place.device)             # iter draws a random number: not in a step
+    # iter draws a random number: before the first step's seed
+    batches = data.to_device(iter(run.loader), place.device)
     student.joined.train()
     for step in range(sampler.first_step, sampler.steps):
         lr = learning_rate(recipe, epoch + step / sampler.steps)
@@ -343,6 +347,15 @@ class Progress:
     def add(self, terms):
         self.sums += torch.stack(terms).detach() / self.recipe.accum_steps
 
+    def chart(self, values, step):
+        """Scalars for TensorBoard; if they cannot be written, the run goes on without."""
+        try:
+            for name, value in values.items() if self.writer else ():
+                self.writer.add_scalar(name, value, step)
+        except OSError as error:
+            self.writer = None
+            self.bar.write(f"note     no more TensorBoard events in {self.folder}: {error}")
+
     def see_images(self, images):
         """A contact sheet of the run's first batch in TensorBoard, as the model sees it."""
         if self.writer and not self.shown:
@@ -374,7 +387,11 @@ class Progress:
         # under fp16 a step with an overflow is skipped and the loss scale halved: as it should, down to 1
         healthy = math.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() >= 1
         if not (healthy and all(map(math.isfinite, sums))):
-            self.end_diverged(epoch, step, lr, sums, norm, scaler)
+            own, scale = self.sums.tolist(), f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
+            what = (f"the loss became {own[0]}" if not all(map(math.isfinite, own)) else
+                    "the gradient is not finite" if self.place.rank == 0 and all(map(math.isfinite, sums)) else "")
+            self.end_diverged(what, f"between steps {step + 1 - self.steps_since} and {step} of epoch {epoch} "
+                                    f"(learning rate {lr:.3g}, gradient norm {norm:.3g}{scale})")
         self.epoch_sums += torch.tensor(sums, dtype=torch.float64)
         if self.place.rank == 0:
             self.show(epoch, step, lr, sums, norm)
@@ -385,20 +402,13 @@ class Progress:
         # the end of an epoch is saved in any case
         return (self.stopping or due > 0) and step + 1 < self.steps
 
-    def end_diverged(self, epoch, step, lr, sums, norm, scaler):
-        """The ranks whose own loss it was say so (the first, if it was the gradient),
-        then all leave together."""
-        own = self.sums.tolist()
-        seen = not all(map(math.isfinite, own))
+    def end_diverged(self, what, where):
+        """Ends the run on all ranks together; those that have something to say, say it."""
         if self.bar:
             self.bar.close()
-        if seen or self.place.rank == 0 and all(map(math.isfinite, sums)):
-            what = f"the loss became {own[0]}" if seen else "the gradient is not finite"
-            scale = f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
-            print(f"train.py: rank {self.place.rank}: {what} between steps {step + 1 - self.steps_since} "
-                  f"and {step} of epoch {epoch}; learning rate {lr:.3g}, gradient norm {norm:.3g}{scale}; "
-                  f"{self.folder / 'last.pth'} is from before it. Try a lower --lr, or --precision fp32",
-                  file=sys.stderr, flush=True)
+        if what:
+            print(f"train.py: rank {self.place.rank}: {what} {where}; {self.folder / 'last.pth'} is from "
+                  "before it. Try a lower --lr, or --precision fp32", file=sys.stderr, flush=True)
         if self.place.world_size > 1:
             dist.barrier()
         sys.exit(1)
@@ -410,8 +420,7 @@ class Progress:
         values |= {"lr": lr, "gradient_norm": norm,
                    "images_per_second": self.recipe.batch_size * count / seconds,
                    "data_wait_share": self.waited / seconds}
-        for name, value in values.items():
-            self.writer.add_scalar(f"train/{name}", value, epoch * self.steps + step + 1)
+        self.chart({f"train/{name}": value for name, value in values.items()}, epoch * self.steps + step + 1)
         self.bar.set_description_str(f"epoch {epoch}", refresh=False)
         self.bar.set_postfix_str(f"loss {values['loss']:.3f}, lr {lr:.2e}, "
                                  f"{values['images_per_second']:.0f} images/s, "
@@ -421,10 +430,8 @@ class Progress:
     def end_epoch(self, record):
         """Validation, on the first rank's bar and TensorBoard; the next epoch's sums start at zero."""
         if self.place.rank == 0:
-            for name, value in record.items():
-                if name not in ("epoch", "step", "lr"):
-                    self.writer.add_scalar(f"epoch/{name}", value, record["step"])
-            self.writer.flush()
+            self.chart({f"epoch/{name}": value for name, value in record.items()
+                        if name not in ("epoch", "step", "lr")}, record["step"])
             also = [f"{head} {record[f'{head}_top1']:.2f}" for head in ("class", "distillation", "ema")
                     if f"{head}_top1" in record]
             also += [f"as the teacher {record['agreement']:.2f}"] if "agreement" in record else []
@@ -439,28 +446,34 @@ class Progress:
             signal.signal(number, handler)
         if self.place.rank == 0:
             self.bar.close()
-            self.writer.close()
+            with contextlib.suppress(OSError):
+                self.writer and self.writer.close()
 
 
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
-def save(content, path):
-    """Writes a checkpoint whole or not at all: to a file beside it, flushed to the disk, then renamed.
-    Plain values and tensors only. Raises OSError that names the file."""
+def write_whole(path, write):
+    """Writes a file whole or not at all: `write` fills one beside it, which is flushed to the disk and then
+    renamed. Raises OSError that names the file."""
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:                       # torch reports a full disk as RuntimeError
         beside.unlink(missing_ok=True)
-        reason = str(error).split("\n")[0]
+        reason = error.strerror if isinstance(error, OSError) else "the disk is full, or a limit reached"
         raise OSError(f"cannot write {path} ({reason}); make room and go on with --resume "
                       f"--output {path.parent}") from None
+
+
+def save(content, path):
+    """Writes a checkpoint: plain values and tensors only."""
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def weights_of(run):
@@ -472,23 +485,33 @@ def weights_of(run):
 
 def save_last(run, state, folder):
     optimizer, scaler = run.student.optimizer.state_dict(), run.student.scaler.state_dict()
-    save(weights_of(run) | {"optimizer": optimizer, "scaler": scaler, "state": state}, folder / "last.pth")
+    save(weights_of(run) | {"optimizer": optimizer, "scaler": scaler, "state": state, "launch": launch()},
+         folder / "last.pth")
+
+
+def launch():
+    """The same for all attempts of one torchrun: its run id, or without one the process that it is."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return name if name != "none" else str(os.getppid())
 
 
 def save_log(records, folder):
     """Writes the whole log anew: after a resume it holds each epoch once."""
-    beside = folder / "log.jsonl.tmp"
-    beside.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(beside, folder / "log.jsonl")
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_whole(folder / "log.jsonl", lambda file: file.write(text.encode()))
 
 
-def restore(student, checkpoint):
-    """Puts the weights, the average and the optimiser back as they were saved."""
-    student.model.load_state_dict(checkpoint["model"])
-    if student.average:
-        student.average.module.load_state_dict(checkpoint["model_ema"])
-    student.optimizer.load_state_dict(checkpoint["optimizer"])
-    student.scaler.load_state_dict(checkpoint["scaler"])
+def restore(student, checkpoint, folder):
+    """Puts the weights, the average and the optimiser back as they were saved. Raises ValueError if they
+    are not this run's."""
+    try:
+        student.model.load_state_dict(checkpoint["model"])
+        if student.average:
+            student.average.module.load_state_dict(checkpoint["model_ema"])
+        student.optimizer.load_state_dict(checkpoint["optimizer"])
+        student.scaler.load_state_dict(checkpoint["scaler"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'last.pth'} does not fit this run: {str(error).splitlines()[0]}") from None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -552,6 +575,9 @@ def split_batch(recipe, place):
         raise ValueError(f"--batch-size {recipe.batch_size} does not divide by "
                          f"{place.world_size} process(es) x {recipe.accum_steps} part(s): "
                          f"try {max(1, round(recipe.batch_size / parts)) * parts}")
+    if recipe.model in teacher.REGNETS and recipe.batch_size < 2 * parts:
+        raise ValueError(f"--batch-size {recipe.batch_size} in {parts} part(s): batch norm needs 2 images or "
+                         f"more in each, --batch-size {2 * parts}")
     return recipe.batch_size // parts
 
 
@@ -569,7 +595,7 @@ def check_teacher(score, num_classes, source):
     """Raises ValueError if the score could be chance's: less than three standard deviations above it."""
     chance = 1 / num_classes
     expected = score.images * chance + 3 * math.sqrt(score.images * chance * (1 - chance))
-    if score.correct1 <= expected:
+    if score.correct1 <= expected and score.correct1 < score.images:
         raise ValueError(f"teacher {source} gets {score.correct1} of {score.images} validation images "
                          "right, which could be chance: its classes are others, or in another order, or "
                          "it is untrained; --any-teacher to go on")
@@ -581,7 +607,9 @@ def check_room(run, folder):
     (folder / "last.pth.tmp").touch()
     (folder / "last.pth.tmp").unlink()
     weights = sum(tensor.nbytes for tensor in run.student.model.state_dict().values())
-    needed = weights * (8 if run.student.average else 6)        # last (with its moments), its successor, best
+    # last.pth with its moments and its successor beside it, and best.pth
+    needed = weights * (10 if run.student.average else 7) - sum(
+        path.stat().st_size for path in folder.glob("*.pth"))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{folder} has room for {free / 2**20:,.0f} MiB and the run needs "
@@ -607,12 +635,12 @@ def notes(recipe):
     return lines
 
 
-def banner(run, place, folder, teacher_score):
+def banner(run, place, folder, teacher_score, remarks):
     """What is about to happen, in a few lines to check before leaving it alone."""
     recipe, sampler = run.recipe, run.sampler
-    values = asdict(recipe)
-    demo = [name for name, value in asdict(Recipe()).items() if name in DEMO | DEMO_TEACHER
-            and name not in ("data", "model") and values[name] != value]
+    values, preset = asdict(recipe), PRESETS.get(recipe.recipe)
+    demo = {name: values[name] for name, value in asdict(Recipe()).items() if name in DEMO | DEMO_TEACHER
+            and recipe.data == "demo" and name not in ("data", "model") and values[name] != value}
     parameters = sum(parameter.numel() for parameter in run.student.model.parameters())
     where = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
     lines = {
@@ -620,9 +648,9 @@ def banner(run, place, folder, teacher_score):
         "data": f"{recipe.data}: {len(run.train_split.images):,} training and "
                 f"{len(run.val_split.images):,} validation images, {len(run.train_split.classes):,} classes"
                 f"{data.describe_ignored(run.train_split, run.val_split)}",
-        "recipe": recipe.recipe and f"{recipe.recipe}: {listing({name: values[name] for name in PRESETS[recipe.recipe].values})} "
-                                    f"({PRESETS[recipe.recipe].source})",
-        "demo": f"in place of the paper's values: {listing({name: values[name] for name in demo})}" if recipe.data == "demo" else None,
+        "recipe": preset and f"{recipe.recipe}: {listing({name: values[name] for name in preset.values})} "
+                             f"({preset.source})",
+        "demo": demo and f"in place of the paper's values: {listing(demo)}",
         "epoch": f"{sampler.distinct_images:,} distinct images, {recipe.repeats} view(s) of each; "
                  f"{sampler.steps:,} steps, {recipe.epochs * sampler.steps:,} in {recipe.epochs} epochs",
         "batch": f"{recipe.batch_size:,} = {place.world_size} process(es) x {recipe.accum_steps} part(s) x "
@@ -639,7 +667,7 @@ def banner(run, place, folder, teacher_score):
                   f"torchvision {torchvision.__version__}",
     }
     lines = [f"{name:<9}{line}" for name, line in lines.items() if line]
-    return "\n".join(lines + [f"note     {line}" for line in notes(recipe)])
+    return "\n".join(lines + [f"note     {line}" for line in remarks])
 
 
 def validate(student, loader, place, opinions):
@@ -681,49 +709,76 @@ class Run(NamedTuple):
     workers: int
 
 
-def prepare(recipe, place, folder):
-    """Builds the run. Raises ValueError or OSError, in seconds, for whatever would stop it later; only
-    then, where the demo is to be distilled, its teacher is trained."""
+def prepare(recipe, place, resuming):
+    """Builds the run, all but its teacher. Raises ValueError or OSError, in seconds, for whatever would stop
+    it later."""
     recipe = replace(recipe, precision=choose_precision(recipe.precision, place))
-    torch.backends.cudnn.benchmark = True                         # every batch has the same shape: the teacher's gain
+    torch.backends.cudnn.benchmark = True                      # for the teacher: all batches have one shape
     workers = usable_cpus() // place.local_world_size if recipe.workers is None else recipe.workers
     local_batch = split_batch(recipe, place)
-    with one_per_machine_first(place):                               # it may download data, teacher or --init
+    with one_per_machine_first(place):                               # it may download data or --init
         train_split, val_split = data.open_dataset(recipe.data)
         sampler = data.RepeatedAugSampler(
             len(train_split.images), place.rank, place.world_size, batch_size=local_batch,
             accum_steps=recipe.accum_steps, repeats=recipe.repeats, seed=recipe.seed)
-        model = build_model(recipe, len(train_split.classes))
-    if recipe.distill and recipe.data == "demo" and recipe.teacher == "official":
-        recipe = replace(recipe, teacher=make_demo_teacher(recipe, place, folder))
-    with one_per_machine_first(place):
-        teacher_model = None
-        if recipe.distill:
-            teacher_model = teacher.load_teacher(recipe.teacher, len(train_split.classes),
-                                                 train_split.classes)
-            teacher_model.to(place.device)
-            if recipe.compile:
-                teacher_model.compile()
+        model = build_model(replace(recipe, init=None) if resuming else recipe, len(train_split.classes))
     student = build_student(model, recipe, place)
     loader = data.train_loader(train_split.images, sampler, recipe.image_size,
                                rand_augment=recipe.rand_augment, erasing=recipe.erasing, seed=recipe.seed,
                                workers=workers)
     val_loader = data.eval_loader(val_split.images, recipe.image_size, batch_size=BATCH_SIZE, workers=workers,
                                   rank=place.rank, world_size=place.world_size)
-    return Run(recipe, student, teacher_model, train_split, val_split, sampler, loader, val_loader, workers)
+    return Run(recipe, student, None, train_split, val_split, sampler, loader, val_loader, workers)
+
+
+def with_teacher(run, place):
+    """The run with its frozen teacher, and the teacher's Score on a few validation images. Raises ValueError
+    if it could be no teacher for these classes."""
+    recipe, classes = run.recipe, run.train_split.classes
+    with one_per_machine_first(place):                               # it may download the teacher
+        model = teacher.load_teacher(recipe.teacher, len(classes), classes).to(place.device)
+    if recipe.compile:
+        model.compile()
+    run = run._replace(teacher=model)
+    score = measure_teacher(run, place)
+    if not recipe.any_teacher:
+        check_teacher(score, len(classes), recipe.teacher)
+    return run, score
 
 
 def make_demo_teacher(recipe, place, folder):
     """Trains the demo's teacher by the same loop, or goes on with it; returns its file."""
     own = {name: getattr(recipe, name) for name in ("seed", "workers", "precision")}
     batch_size = math.ceil(DEMO_TEACHER["batch_size"] / place.world_size) * place.world_size
+    own = make_recipe(DEMO_TEACHER | own | {"data": "demo", "batch_size": batch_size})
     if place.rank == 0:
         print("first a teacher for the demo's classes:", flush=True)
-    train(make_recipe(DEMO_TEACHER | own | {"data": "demo", "batch_size": batch_size}), place,
-          folder / "teacher", read_last(folder / "teacher"))
+    checkpoint = read_last(folder)
+    train(saved_recipe({}, checkpoint) if checkpoint else own, place, folder, checkpoint)
     if place.rank == 0:
         print("\nthen the student:", flush=True)
-    return str(folder / "teacher" / "best.pth")
+    return str(folder / "best.pth")
+
+
+@contextlib.contextmanager
+def held(folder, place):
+    """Keeps the folder for this run until it ends. Raises ValueError if another process trains in it."""
+    handle = None
+    if place.rank == 0:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(f"another process is training in {folder}: wait for it, stop it, or choose "
+                             "another --output") from None
+        except OSError:                                              # a file system without locks
+            pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def check_same_data(checkpoint, run):
@@ -745,29 +800,56 @@ def check_same_step(step, place):
                          "machines share")
 
 
+def resume_notes(run, checkpoint, place):
+    """What is not as it was when the checkpoint was written, though all else is."""
+    recipe, before = run.recipe, checkpoint["recipe"]
+    changes = [f"{name} {getattr(recipe, name)} in place of {before[name]}" for name in ("data", "teacher")
+               if getattr(recipe, name) != before[name]]
+    parts, parts_before = place.world_size * recipe.accum_steps, checkpoint["state"]["parts"]
+    changes += [f"batches in {parts} part(s) in place of {parts_before}"] if parts != parts_before else []
+    return [f"resumed with {', '.join(changes)}: not bit for bit what it would have become"] if changes else []
+
+
 def train(recipe, place, folder, checkpoint=None):
     """Trains into the folder, from a checkpoint of the same run on if there is one; returns
     the state at the end."""
-    with one_line_errors("train.py", OSError, ValueError, data.BadImage):
-        run = prepare(recipe, place, folder)
-        recipe, student, sampler = run.recipe, run.student, run.sampler
-        state = {"step": 0, "log": [], "best": -1.0, "epoch_sums": None,
-                 "images": len(run.train_split.images)}
-        if checkpoint:
-            check_same_data(checkpoint, run)
-            restore(student, checkpoint)
-            state = checkpoint["state"]
-        check_same_step(state["step"], place)
+    with contextlib.ExitStack() as stack:
+        with one_line_errors("train.py", OSError, ValueError, data.BadImage):
+            run = prepare(recipe, place, resuming=bool(checkpoint))
+            state = {"step": 0, "log": [], "best": -1.0, "epoch_sums": None,
+                     "images": len(run.train_split.images), "parts": place.world_size * recipe.accum_steps}
+            remarks = notes(run.recipe)
+            if checkpoint:
+                check_same_data(checkpoint, run)
+                restore(run.student, checkpoint, folder)
+                remarks += resume_notes(run, checkpoint, place)
+                state = checkpoint["state"] | {"parts": state["parts"]}
+            check_same_step(state["step"], place)
+            if place.rank == 0:
+                check_room(run, folder)
+            stack.enter_context(held(folder, place))
+            score = None
+            if recipe.distill:
+                if recipe.data == "demo" and recipe.teacher == "official":
+                    if place.rank == 0 and not checkpoint:
+                        save_last(run, state, folder)                # there is a run to resume from now on
+                    path = make_demo_teacher(run.recipe, place, folder / "teacher")
+                    run = run._replace(recipe=replace(run.recipe, teacher=path))
+                run, score = with_teacher(run, place)
         if place.rank == 0:
-            check_room(run, folder)
-        teacher_score = measure_teacher(run, place) if run.teacher else None
-        if teacher_score and not recipe.any_teacher:
-            check_teacher(teacher_score, len(run.train_split.classes), recipe.teacher)
-    if place.rank == 0:
-        print(banner(run, place, folder, teacher_score), flush=True)
+            print(banner(run, place, folder, score, remarks), flush=True)
+        run_epochs(run, place, folder, state)
+        return state
+
+
+def run_epochs(run, place, folder, state):
+    """Trains, validates and saves, from where `state` is to the end."""
+    recipe, student, sampler = run.recipe, run.student, run.sampler
     progress = Progress(place, recipe, folder, sampler.steps, state)
 
     def save_run(step, epoch_sums):
+        if not math.isfinite(nn.utils.get_total_norm(student.model.parameters())):
+            progress.end_diverged("a weight is not finite" if place.rank == 0 else "", f"after step {step}")
         state.update(step=step, epoch_sums=epoch_sums)
         if place.rank == 0:
             save_last(run, state, folder)
@@ -775,7 +857,7 @@ def train(recipe, place, folder, checkpoint=None):
         if progress.stopping:
             leave(progress, folder)
 
-    if not checkpoint:
+    if not state["step"]:
         save_run(0, None)                                        # from now on the folder holds a run
     opinions = None                                              # the teacher's, asked for once
     unfinished = state["epoch_sums"] is not None                 # an epoch whose end is still to be validated
@@ -800,7 +882,6 @@ def train(recipe, place, folder, checkpoint=None):
         state["best"] = max(state["best"], record["top1"])
         save_run(start + sampler.steps, None)
     progress.close()
-    return state
 
 
 def leave(progress, folder):
@@ -822,7 +903,7 @@ def leave(progress, folder):
 
 def run_folder(recipe):
     """--output, or runs/<model>-<data>."""
-    name = f"{recipe.model}{'-distilled' if recipe.distill else ''}-{Path(recipe.data).name}"
+    name = f"{recipe.model}{'-distilled' if recipe.distill else ''}-{Path(recipe.data).resolve().name}"
     return Path(recipe.output or f"runs/{name}")
 
 
@@ -833,9 +914,13 @@ def read_last(folder):
     if not path.exists():
         return None
     checkpoint = deit.read_checkpoint(path)
-    if (not isinstance(checkpoint, dict)
-            or not {"model", "optimizer", "scaler", "state", "recipe"} <= checkpoint.keys()):
+    parts = [checkpoint.get(name) for name in ("model", "optimizer", "scaler", "state", "recipe")
+             ] if isinstance(checkpoint, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or not {
+            "step", "log", "best", "epoch_sums", "images", "parts"} <= checkpoint["state"].keys():
         raise ValueError(f"{path} is not a training checkpoint of this program")
+    if zipfile.ZipFile(path).testzip():                             # torch reads no checksums
+        raise ValueError(f"{path} is damaged: its checksum is wrong; start anew with another --output")
     return checkpoint
 
 
@@ -851,21 +936,17 @@ def saved_recipe(typed, checkpoint):
     return Recipe(**saved | {name: typed[name] for name in free if name in typed})
 
 
-def find_run(typed, recipe, folder, restarted):
+def find_run(typed, recipe, folder, restarts):
     """(recipe, checkpoint or None) to go on with. Raises ValueError if the folder holds a run and none is to
-    be resumed, or the other way round."""
+    be resumed, or the other way round; one that torchrun restarts goes on with its own."""
     checkpoint = read_last(folder)
-    teacher_first = recipe.distill and (folder / "teacher" / "last.pth").exists()           # of the demo
-    holds_run = checkpoint or teacher_first
-    if holds_run and not recipe.resume and not restarted:
+    own = restarts and checkpoint and checkpoint.get("launch") == launch()
+    if checkpoint and not recipe.resume and not own:
         raise ValueError(f"{folder} holds a run already: --resume goes on with it, another "
                          "--output starts a new one")
-    if recipe.resume and not holds_run:
-        raise ValueError(f"nothing to resume: no {folder / 'last.pth'}; type the whole "
-                         "command of the run, or leave --resume out to start")
-    if checkpoint:                                          # one restarted by torchrun must be this very run
-        recipe = saved_recipe(typed if recipe.resume else asdict(recipe), checkpoint)
-    return recipe, checkpoint
+    if recipe.resume and not checkpoint:
+        raise ValueError(f"nothing to resume: no {folder / 'last.pth'}; leave --resume out to start")
+    return saved_recipe(typed, checkpoint) if checkpoint else recipe, checkpoint
 
 
 def main():
@@ -873,9 +954,10 @@ def main():
     with one_line_errors("train.py", OSError, ValueError):
         recipe = make_recipe(typed)
         place, folder = join_processes(), run_folder(recipe)
+        was_there = folder.exists()
     try:
         with one_line_errors("train.py", OSError, ValueError):
-            recipe, checkpoint = find_run(typed, recipe, folder, place.restarts > 0)
+            recipe, checkpoint = find_run(typed, recipe, folder, place.restarts)
         if place.rank == 0 and recipe.data == "demo" and "data" not in typed and not checkpoint:
             print("NO --data AND NO ./imagenet HERE: training on the built-in demo, ten kinds of "
                   "patterns drawn on the fly.\n"
@@ -884,7 +966,7 @@ def main():
             state = train(recipe, place, folder, checkpoint)
     except (SystemExit, KeyboardInterrupt) as error:
         with contextlib.suppress(OSError):
-            folder.rmdir()                                         # a run that could not start leaves nothing
+            was_there or folder.rmdir()                            # a run that could not start leaves nothing
         sys.exit(error.code if isinstance(error, SystemExit) else 128 + signal.SIGINT)
     if place.rank == 0:
         last, best = state["log"][-1], max(state["log"], key=lambda record: record["top1"])

@@ -29,7 +29,7 @@ output, folder, accum_steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 place = evaluate.join_processes()
 recipe = train.make_recipe({"data": folder, "image_size": 32, "batch_size": 24, "accum_steps": accum_steps, "workers": 0,
                             "drop_path": 0.0, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0})
-run = train.prepare(recipe, place, output.parent)
+run = train.prepare(recipe, place, resuming=False)
 recorder = Recorder(run.student.model)
 run = run._replace(student=run.student._replace(optimizer=recorder))
 progress = train.Progress(place, recipe, output.parent, run.sampler.steps, {"step": 0, "epoch_sums": None})

@@ -57,10 +57,10 @@ def kill_one_rank(torchrun, rng):
 
 
 def compare(a, b, where="last.pth"):
-    """The first difference between two loaded checkpoints, or None. The recipe's output and resume may differ."""
+    """The first difference between two loaded checkpoints, or None. Who started the run, where and how may differ."""
     if isinstance(a, dict):
         for key in a.keys() | b.keys():
-            if where == "last.pth.recipe" and key in ("output", "resume"):
+            if f"{where}.{key}" in ("last.pth.launch", "last.pth.recipe.output", "last.pth.recipe.resume"):
                 continue
             if key not in a or key not in b:
                 return f"{where}.{key} is in one of them only"

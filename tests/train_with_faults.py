@@ -1,6 +1,7 @@
 """train.py as it is, with a checkpoint at every step and the faults that the environment asks for. Run by the tests.
 
     FAULT=nan:RANK:STEP      the loss of that rank becomes nan from that step on
+    FAULT=slow:RANK:STEP     each batch of that rank's validations takes a second
     FAULT=stuck:RANK:STEP    that rank sleeps for 12 seconds, and the others wait for 5
 """
 import os
@@ -25,6 +26,8 @@ def faulty_forward(self, images):
     if self.training:
         steps.append(len(steps))
     due = mine and self.training and len(steps) > int(at)
+    if mine and kind == "slow" and not self.training:
+        time.sleep(1)
     if due and kind == "stuck":
         time.sleep(12)
     return forward(self, images) * float("nan") if due and kind == "nan" else forward(self, images)
