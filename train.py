@@ -106,6 +106,8 @@ class Preset(NamedTuple):
     source: str
 
 
+CROPS_AND_FLIPS = {"repeats": 1, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "rand_augment": 0.0}
+
 # Rates are for a batch of 512 here: the sources' where they say "before scaling", else converted.
 PRESETS = {
     "finetune-384": Preset(
@@ -126,12 +128,10 @@ PRESETS = {
         {"lr": 5e-5, "min_lr": 1e-6, "batch_size": 256, "epochs": 100, "erasing": 0.0},
         "ours, not from the paper: Flowers, Pets or a few thousand images of your own, with --init"),
     "convnet": Preset(
-        {"optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-5, "batch_size": 256, "epochs": 100, "repeats": 1,
-         "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "rand_augment": 0.0},
+        {"optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-5, "batch_size": 256, "epochs": 100} | CROPS_AND_FLIPS,
         "ours, not from the paper: a teacher from scratch, --model regnet_y_16gf"),
     "convnet-transfer": Preset(
-        {"optimizer": "sgd", "lr": 0.02, "weight_decay": 5e-5, "batch_size": 256, "epochs": 30, "repeats": 1,
-         "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "rand_augment": 0.0},
+        {"optimizer": "sgd", "lr": 0.02, "weight_decay": 5e-5, "batch_size": 256, "epochs": 30} | CROPS_AND_FLIPS,
         "ours, not from the paper: a teacher that starts from --init official"),
 }
 
@@ -141,8 +141,7 @@ DEMO = {"data": "demo", "image_size": 48, "epochs": 10, "batch_size": 32, "lr": 
 # And for the demo's teacher, a small convnet that learns the patterns in four epochs, without
 # the heavy augmentation.
 DEMO_TEACHER = {"model": "regnet_y_400mf", "epochs": 4, "batch_size": 16, "lr": 1e-3 * 512 / 16,
-                "warmup_epochs": 0.3, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0,
-                "rand_augment": 0.0, "label_smoothing": 0.0}
+                "warmup_epochs": 0.3, "label_smoothing": 0.0} | CROPS_AND_FLIPS
 
 
 def listing(values):
@@ -627,6 +626,8 @@ def notes(recipe):
         if recipe.warmup_epochs != 5:
             lines.append(f"{recipe.warmup_epochs:g} warm-up epochs: on ImageNet a user got 79.2 % with 10, "
                          "where 5 give 81.8 % (facebookresearch/deit, issues 40 and 63)")
+    if recipe.recipe in ("finetune-384", "transfer", "convnet-transfer") and not recipe.init:
+        lines.append(f"--recipe {recipe.recipe} is meant to go with --init")
     if recipe.warmup_epochs > recipe.epochs:
         lines.append(f"the warm-up of {recipe.warmup_epochs:g} epochs is longer than the run: the rate "
                      "never reaches its peak")

@@ -81,10 +81,10 @@ def show(what, speeds, limit=None):
     fastest = statistics.median(speeds[ours])
     share = f"  {fastest / limit:.0%} of the limit" if limit else ""
     if not others:
-        print(f"{what:<44}{fastest:>12,.1f}{share}", flush=True)
+        print(f"{what:<44}{fastest:>12,.2f}{share}", flush=True)
     for other in others:
         ratios = [a / b for a, b in zip(speeds[ours], speeds[other])]
-        print(f"{what:<44}{fastest:>12,.1f}{statistics.median(speeds[other]):>12,.1f}  {other:<26}"
+        print(f"{what:<44}{fastest:>12,.2f}{statistics.median(speeds[other]):>12,.2f}  {other:<26}"
               f"{statistics.median(ratios):>6.2f}  ({min(ratios):.2f} to {max(ratios):.2f}){share}", flush=True)
 
 
@@ -164,7 +164,7 @@ def bench_memory(args):
 
 def peak(name, size, device):
     model = distilled_models(size)[name].to(device).train()
-    images = torch.randn(BATCH[device][size], 3, 224, 224, device=device)
+    images = torch.randn(BATCH[device][size] * (4 if device == "cpu" else 1), 3, 224, 224, device=device)
     Path("/proc/self/clear_refs").write_text("5")                        # Linux: the peak starts anew
     before = resident("VmRSS")
     with autocast(device):

@@ -3,6 +3,7 @@ import ast
 import re
 import sys
 from dataclasses import fields
+from functools import lru_cache
 
 import pytest
 
@@ -13,6 +14,11 @@ SCRIPTS = ("deit", "distill", "data", "teacher", "evaluate", "train")
 SOURCE = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
 TREE = {name: ast.parse(source) for name, source in SOURCE.items()}
 README = (ROOT / "README.md").read_text()
+
+
+@lru_cache
+def help_of(script):
+    return run_script(f"{script}.py", "--help").stdout
 
 
 def imports(tree):
@@ -73,11 +79,11 @@ def test_every_flag_has_a_help_text(script):
     flags = [node for node in ast.walk(TREE[script]) if isinstance(node, ast.Call)
              and getattr(node.func, "attr", "") == "add_argument"]
     assert all("help" in {keyword.arg for keyword in node.keywords} for node in flags)
-    assert "-h, --help" in run_script(f"{script}.py", "--help").stdout
+    assert "-h, --help" in help_of(script)
 
 
 def test_the_flags_and_files_that_the_readme_names_exist():
-    known = set(re.findall(r"--[a-z][a-z-]+", "".join(run_script(f"{name}.py", "--help").stdout for name in SCRIPTS)))
+    known = set(re.findall(r"--[a-z][a-z-]+", "".join(map(help_of, SCRIPTS))))
     known |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "tests" / "kill_and_resume.py").read_text()
                             + (ROOT / "tests" / "benchmark.py").read_text()))
     torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts", "--logdir"}

@@ -3,6 +3,9 @@ import json
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 from dataclasses import asdict, fields
 
 import pytest
@@ -13,7 +16,8 @@ import data
 import deit
 import evaluate
 import train
-from conftest import run_script
+from conftest import ROOT, run_script
+from kill_and_resume import difference
 
 CPU = evaluate.Place(torch.device("cpu"), 0, 1, 0, 1, 0)
 
@@ -287,6 +291,33 @@ def test_the_whole_way_by_the_command_line_on_two_processes(shared_folder, tmp_p
             lines = run_script("evaluate.py", "--weights", tmp_path / run / "best.pth", "--data", shared_folder,
                                processes=processes).stdout.splitlines()
             assert lines[-1] == f"* Acc@1 {best['top1']:.3f} Acc@5 {best['top5']:.3f} loss {best['loss']:.3f}"
+
+
+def test_two_torchrun_agents_are_one_run(shared_folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = [str(flag) for flag in small_run(shared_folder, tmp_path / "agents", "--epochs", 1)]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+             f"--rdzv_endpoint=localhost:{port}", str(ROOT / "train.py"), *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    agents = [subprocess.Popen(agent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=200) for process in agents] == [0, 0]
+    run_script("train.py", *small_run(shared_folder, tmp_path / "one", "--epochs", 1), processes=2)
+    assert difference(tmp_path / "agents", tmp_path / "one") is None
+
+
+def test_a_plain_run_is_fine_tuned_at_a_higher_resolution_with_distillation(shared_folder, tmp_path, monkeypatch, capsys):
+    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "plain", "--epochs", 1))
+    torch.save({"model": train.teacher.create_regnet("regnet_x_400mf", 3).state_dict()}, tmp_path / "teacher.pth")
+    seen, forward = set(), train.teacher.models.RegNet.forward
+    monkeypatch.setattr(train.teacher.models.RegNet, "forward", lambda self, x: seen.add(x.shape[-1]) or forward(self, x))
+    train_in_process(monkeypatch, *small_run(
+        shared_folder, tmp_path / "tuned", "--epochs", 1, "--recipe", "finetune-384", "--image-size", 48, "--distill", "--teacher",
+        tmp_path / "teacher.pth", "--any-teacher", "--init", tmp_path / "plain" / "best.pth"))
+    loaded = evaluate.load_any(tmp_path / "tuned" / "best.pth")
+    assert (loaded.image_size, loaded.model.distilled, seen) == (48, True, {48})
+    assert "fresh distillation token and head" in capsys.readouterr().out
 
 
 def test_without_data_the_demo_makes_its_teacher_and_says_so_first(tmp_path, monkeypatch, capsys):
