@@ -602,7 +602,6 @@ def check_teacher(score, num_classes, source):
 
 def check_room(run, folder):
     """Raises OSError if the folder cannot be written to, or has no room for the run's two checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "last.pth.tmp").touch()
     (folder / "last.pth.tmp").unlink()
     weights = sum(tensor.nbytes for tensor in run.student.model.state_dict().values())
@@ -763,9 +762,11 @@ def make_demo_teacher(recipe, place, folder):
 
 @contextlib.contextmanager
 def held(folder, place):
-    """Keeps the folder for this run until it ends. Raises ValueError if another process trains in it."""
+    """Makes the folder and keeps it for this run until it ends. Raises ValueError if another process trains
+    in it."""
     handle = None
     if place.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -826,9 +827,9 @@ def train(recipe, place, folder, checkpoint=None):
                 remarks += resume_notes(run, checkpoint, place)
                 state = checkpoint["state"] | {"parts": state["parts"]}
             check_same_step(state["step"], place)
+            stack.enter_context(held(folder, place))
             if place.rank == 0:
                 check_room(run, folder)
-            stack.enter_context(held(folder, place))
             score = None
             if recipe.distill:
                 if recipe.data == "demo" and recipe.teacher == "official":
