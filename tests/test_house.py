@@ -95,3 +95,9 @@ def test_the_flags_and_files_that_the_readme_names_exist():
 
 def test_the_readme_shows_every_preset():
     assert all(f"`{name}`" in README for name in train.PRESETS)
+
+
+def test_the_benchmark_runs_and_compares_equal_models():
+    printed = run_script("tests/benchmark.py", "--quick", "--rounds", 1, "--only", "models", "optimizer").stdout
+    for row in ("inference, batch 8 .* timm", "forward and backward, batch 8 .* timm", "optimiser and EMA, .* the official way"):
+        assert re.search(rf"^tiny: {row} +\d+\.\d\d ", printed, re.MULTILINE), printed

@@ -2,7 +2,7 @@
 
     FAULT=nan:RANK:STEP      the loss of that rank becomes nan from that step on
     FAULT=slow:RANK:STEP     each batch of that rank's validations takes a second
-    FAULT=stuck:RANK:STEP    that rank sleeps for 12 seconds, and the others wait for 5
+    FAULT=stuck:RANK:STEP    that rank sleeps for 18 seconds, and the others wait for 10
 """
 import os
 import sys
@@ -29,12 +29,12 @@ def faulty_forward(self, images):
     if mine and kind == "slow" and not self.training:
         time.sleep(1)
     if due and kind == "stuck":
-        time.sleep(12)
+        time.sleep(18)
     return forward(self, images) * float("nan") if due and kind == "nan" else forward(self, images)
 
 
 if kind == "stuck":
-    evaluate.TIMEOUT = timedelta(seconds=5)
+    evaluate.TIMEOUT = timedelta(seconds=10)
 if kind != "none":
     deit.DeiT.forward = faulty_forward
 if __name__ == "__main__":
