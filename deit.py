@@ -454,7 +454,7 @@ def load_model(source, *, image_size=None, num_classes=None, distilled=None, dro
     if model.num_classes != file_classes:
         changes.append(f"fresh head for {model.num_classes} classes in place of the file's {file_classes}")
         state |= {name: value for name, value in model.state_dict().items() if name.startswith("head")}
-    if changes:
+    if changes and os.environ.get("RANK", "0") == "0":              # under torchrun once, not per process
         print(f"{source}: {', '.join(changes)}")
     try:
         model.load_state_dict(state, strict=True)

@@ -16,6 +16,7 @@ file or an https URL. Files may use torchvision's names, timm's (as the official
 checkpoint of train.py.
 """
 import argparse
+import os
 import re
 import sys
 
@@ -136,8 +137,9 @@ def load_regnet(source, *, num_classes=None, checkpoint=None):
                          f"fc.weight (or timm's names for them), found {keys}")
     model = create_regnet(name, num_classes or len(state["fc.weight"]))
     if model.fc.out_features != len(state["fc.weight"]):
-        print(f"{source}: fresh classifier for {num_classes} classes in place of the file's "
-              f"{len(state['fc.weight'])}")
+        if os.environ.get("RANK", "0") == "0":                         # under torchrun once, not per process
+            print(f"{source}: fresh classifier for {num_classes} classes in place of the file's "
+                  f"{len(state['fc.weight'])}")
         state |= {f"fc.{name}": value for name, value in model.fc.state_dict().items()}
     try:
         model.load_state_dict(state, strict=True)

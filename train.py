@@ -748,13 +748,13 @@ def with_teacher(run, place):
 
 def make_demo_teacher(recipe, place, folder):
     """Trains the demo's teacher by the same loop, or goes on with it; returns its file."""
-    own = {name: getattr(recipe, name) for name in ("seed", "workers", "precision")}
-    batch_size = math.ceil(DEMO_TEACHER["batch_size"] / place.world_size) * place.world_size
-    own = make_recipe(DEMO_TEACHER | own | {"data": "demo", "batch_size": batch_size})
+    changes = {name: getattr(recipe, name) for name in ("seed", "workers", "precision")}
+    changes["batch_size"] = math.ceil(DEMO_TEACHER["batch_size"] / place.world_size) * place.world_size
     if place.rank == 0:
         print("first a teacher for the demo's classes:", flush=True)
     checkpoint = read_last(folder)
-    train(saved_recipe({}, checkpoint) if checkpoint else own, place, folder, checkpoint)
+    train(saved_recipe({}, checkpoint) if checkpoint else
+          make_recipe(DEMO_TEACHER | changes | {"data": "demo"}), place, folder, checkpoint)
     if place.rank == 0:
         print("\nthen the student:", flush=True)
     return str(folder / "best.pth")
@@ -957,13 +957,12 @@ def main():
         recipe = make_recipe(typed)
         place, folder = join_processes(), run_folder(recipe)
         was_there = folder.exists()
+        recipe, checkpoint = find_run(typed, recipe, folder, place.restarts)
+    if place.rank == 0 and recipe.data == "demo" and "data" not in typed and not checkpoint:
+        print("NO --data AND NO ./imagenet HERE: training on the built-in demo, ten kinds of "
+              "patterns drawn on the fly.\n"
+              "For your own images: --data DIR, a folder with train/ and val/.", flush=True)
     try:
-        with one_line_errors("train.py", OSError, ValueError):
-            recipe, checkpoint = find_run(typed, recipe, folder, place.restarts)
-        if place.rank == 0 and recipe.data == "demo" and "data" not in typed and not checkpoint:
-            print("NO --data AND NO ./imagenet HERE: training on the built-in demo, ten kinds of "
-                  "patterns drawn on the fly.\n"
-                  "For your own images: --data DIR, a folder with train/ and val/.", flush=True)
         with one_line_errors("train.py", OSError, data.BadImage):
             state = train(recipe, place, folder, checkpoint)
     except (SystemExit, KeyboardInterrupt) as error:
