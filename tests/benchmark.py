@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -144,7 +143,6 @@ def bench_models(args):
             compiled = torch.compile(models["ours"].eval())
             show(f"{size}: inference, compiled, batch {batch}", race({"ours": lambda: infer(compiled)}, batch, args.rounds,
                                                                      args.device), limit)
-        del models, images
 
 
 def autocast(device, dtype=torch.bfloat16):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 import train
-from conftest import ROOT, run_script
+from conftest import run_script
 from kill_and_resume import start, survive, wait_for_saves
 from test_train import small_run, train_in_process
 
