@@ -633,8 +633,8 @@ def main():
     parser.add_argument("--image-size", type=int, default=224, help="pixels of a view (default 224)")
     parser.add_argument("--rows", type=int, default=8, help="pictures on the sheet (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other views (default 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(),
-                        help="processes for --check (default: all cores)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(
+        os, "sched_getaffinity") else os.cpu_count(), help="processes for --check (default: all cores)")
     parser.add_argument("--output", default="contact_sheet.png",
                         help="where the sheet goes (default contact_sheet.png)")
     args = parser.parse_args()

@@ -416,7 +416,8 @@ def with_tokens(state, model, distilled):
     """The state of a distilled or plain DeiT made to fit a plain or distilled `model`: its distillation
     token, that token's position and its head are left out, or are the model's fresh ones."""
     if distilled and not model.distilled:
-        state = {name: value for name, value in state.items() if not name.startswith(("dist_token", "head_dist."))}
+        state = {name: value for name, value in state.items()
+                 if not name.startswith(("dist_token", "head_dist."))}
         state["pos_embed"] = torch.cat((state["pos_embed"][:, :1], state["pos_embed"][:, 2:]), dim=1)
     elif model.distilled and not distilled:
         fresh, positions = model.state_dict(), state["pos_embed"]
@@ -425,14 +426,15 @@ def with_tokens(state, model, distilled):
     return state
 
 
-def load_model(source, *, image_size=None, num_classes=None, distilled=None, drop_path=0.0, ema=False,
-               checkpoint=None):
+def load_model(source, *, image_size=None, num_classes=None, classes=None, distilled=None, drop_path=0.0,
+               ema=False, checkpoint=None):
     """A DeiT from a path, an https URL or a published name; in evaluation mode.
 
     Size, distilled or not, image size and number of classes come from the tensors; the file may be in
     the official (or timm), mmpretrain, Hugging Face or this project's own layout. Loading is strict.
-    `image_size` resizes the position grid; `num_classes`, where it differs from the file's, gives fresh
-    heads, and `distilled`, where it does, a fresh distillation token and head or none, and both say so.
+    `image_size` resizes the position grid; `num_classes`, or the names `classes`, where they differ from
+    the file's, give fresh heads, and `distilled`, where it does, a fresh distillation token and head or
+    none, and each says so.
     `checkpoint` is what read_checkpoint(source) gave, if it was read already. Raises OSError or
     ValueError naming the source.
     """
@@ -451,7 +453,8 @@ def load_model(source, *, image_size=None, num_classes=None, distilled=None, dro
     if model.distilled != was_distilled:
         changes.append("fresh distillation token and head" if model.distilled else
                        "without its distillation token and head")
-    if model.num_classes != file_classes:
+    known = checkpoint.get("classes")
+    if model.num_classes != file_classes or classes and known and list(known) != list(classes):
         changes.append(f"fresh head for {model.num_classes} classes in place of the file's {file_classes}")
         state |= {name: value for name, value in model.state_dict().items() if name.startswith("head")}
     if changes and os.environ.get("RANK", "0") == "0":              # under torchrun once, not per process

@@ -77,8 +77,8 @@ def join_processes():
 
 def join_group(backend, rank, world_size, restarts):
     """Joins the group and returns how often torchrun has restarted it: the machines count differently."""
-    shared, machines = os.environ.get("TORCHELASTIC_USE_AGENT_STORE"), int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    if restarts and machines > 1 and shared == "True":
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    if restarts and machines > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise OSError("torchrun --max-restarts on several machines needs "
                       "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
     store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -457,8 +457,9 @@ def parse_flags():
     parser.add_argument("--reference", metavar="DIR",
                         help="a complete ImageNet train/ or val/: tells which class is which when --data "
                         "has a part of the 1000 (ImageNet-100, Imagenette, ImageNet-A, ImageNet-R)")
-    parser.add_argument("--teacher", metavar="T", help="with --data: how often each head decides as this teacher does "
-                        "(paper, table 4); official, a torchvision RegNet's name, a file or a URL")
+    parser.add_argument("--teacher", metavar="T",
+                        help="with --data: how often each head decides as this RegNet does (paper, table 4); "
+                        "official, a torchvision RegNet's name, a file or a URL")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE,
                         help=f"images per process (default {BATCH_SIZE})")
     parser.add_argument("--image-size", type=int, help="evaluate at another size than the file's (pixels)")
@@ -482,8 +483,9 @@ def parse_flags():
     return args
 
 
-def score(args, loaded, split, place):
-    """Evaluates and prints, on the first process."""
+def score(args, loaded, guide, split, place):
+    """Evaluates, against the decisions of the teacher `guide` if there is one, and prints, on the first
+    process."""
     columns = match_classes(split.classes, loaded, args.reference)
     workers = usable_cpus() // place.local_world_size if args.workers is None else args.workers
     if place.rank == 0:
@@ -503,10 +505,7 @@ def score(args, loaded, split, place):
     loader = data.eval_loader(split.images, loaded.image_size, crop_ratio=args.crop_ratio,
                               batch_size=args.batch_size, workers=workers, rank=place.rank,
                               world_size=place.world_size)
-    opinions = None
-    if args.teacher:
-        guide = teacher.load_teacher(args.teacher, loaded.num_classes, loaded.classes).to(place.device)
-        opinions = decisions(guide, loader, place.device, columns)
+    opinions = decisions(guide.to(place.device), loader, place.device, columns) if guide else None
     scores = evaluate(loaded.model.to(place.device), loader, place.device, columns=columns,
                       opinions=opinions, progress=place.rank == 0)
     if place.rank == 0:
@@ -526,8 +525,10 @@ def main():
         with one_per_machine_first(place):                           # it may download the weights or the data
             loaded = load_any(args.weights, image_size=args.image_size, ema=args.ema)
             split = data.open_split(args.data, train=False) if args.data else None
+            guide = (teacher.load_teacher(args.teacher, loaded.num_classes, loaded.classes)
+                     if args.teacher else None)
         if args.data:
-            score(args, loaded, split, place)
+            score(args, loaded, guide, split, place)
         elif place.rank == 0:
             loaded.model.to(place.device)
             describe_pictures(loaded, args.image, place.device, args.crop_ratio, args.attention)

@@ -16,6 +16,7 @@ file or an https URL. Files may use torchvision's names, timm's (as the official
 checkpoint of train.py.
 """
 import argparse
+import hashlib
 import os
 import re
 import sys
@@ -93,8 +94,11 @@ def read_weights(source):
     url = weights_url(str(source)) or str(source)
     try:
         if url.startswith("https://"):
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
-                                                      weights_only=True)
+            name = url.split("?")[0].rsplit("/", 1)[-1]
+            hashed = re.search(r"-[0-9a-f]{8,}\.", name)     # else the cached name must tell addresses apart
+            name = name if hashed else f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=bool(hashed),
+                                                      file_name=name, weights_only=True)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(url, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -119,12 +123,12 @@ def find_weights(checkpoint):
     return state if {"stem.0.weight", "fc.weight"} <= state.keys() and state["fc.weight"].ndim == 2 else None
 
 
-def load_regnet(source, *, num_classes=None, checkpoint=None):
+def load_regnet(source, *, num_classes=None, classes=None, checkpoint=None):
     """A RegNet with the weights of `source` (see above), in evaluation mode.
 
-    `num_classes`, where it differs from the file's, gives a fresh classifier and says so; `checkpoint`
-    is what read_weights(source) gave, if it was read already. Raises OSError or ValueError naming the
-    source.
+    `num_classes`, or the names `classes`, where they differ from the file's, give a fresh classifier, and
+    it says so; `checkpoint` is what read_weights(source) gave, if it was read already. Raises OSError or
+    ValueError naming the source.
     """
     checkpoint = read_weights(source) if checkpoint is None else checkpoint
     state = find_weights(checkpoint)
@@ -136,9 +140,10 @@ def load_regnet(source, *, num_classes=None, checkpoint=None):
         raise ValueError(f"{source} is no RegNet of torchvision: expected stem.0.weight, trunk_output..., "
                          f"fc.weight (or timm's names for them), found {keys}")
     model = create_regnet(name, num_classes or len(state["fc.weight"]))
-    if model.fc.out_features != len(state["fc.weight"]):
+    known = checkpoint.get("classes")
+    if model.fc.out_features != len(state["fc.weight"]) or classes and known and list(known) != list(classes):
         if os.environ.get("RANK", "0") == "0":                         # under torchrun once, not per process
-            print(f"{source}: fresh classifier for {num_classes} classes in place of the file's "
+            print(f"{source}: fresh classifier for {model.fc.out_features} classes in place of the file's "
                   f"{len(state['fc.weight'])}")
         state |= {f"fc.{name}": value for name, value in model.fc.state_dict().items()}
     try:
@@ -164,7 +169,7 @@ def load_teacher(source="official", num_classes=1000, classes=None):
     """The frozen teacher (see `freeze`): logits (B, K) of images (B, 3, S, S) normalised as the student's.
     Raises ValueError if it does not know
     `num_classes` classes, or if its file names other `classes` or another order."""
-    advice = "train one for your classes: python train.py --model regnet_y_16gf --data DIR"
+    advice = "train one for your classes: python train.py --model regnet_y_16gf --recipe convnet --data DIR"
     if weights_url(str(source)) and num_classes != 1000:                 # known before anything is downloaded
         raise ValueError(f"teacher {source} knows ImageNet's 1000 classes and the data has "
                          f"{num_classes}; {advice}")

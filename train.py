@@ -66,7 +66,7 @@ class Recipe:
     data: str = flag(None, f"folder with train/ and val/, or {', '.join(data.NAMED)}; default ./imagenet, else demo")
     teacher: str = flag("official", "the paper's RegNetY-16GF, a torchvision RegNet's name, a file or a URL")
     any_teacher: bool = flag(False, "also one that is no better than chance on the validation images")
-    init: str = flag(None, "weights to start from: a file, a URL or a published name")
+    init: str = flag(None, "weights to start from: a file, a URL or a name, such as base or official (RegNets)")
     recipe: str = flag(None, "another set of values than the paper's for ImageNet; typed flags win over it")
     image_size: int = flag(224, "pixels, a multiple of 16", 1)
     epochs: int = flag(300, "an epoch is as many views as there are images (1000 in the paper's long runs)", 1)
@@ -90,13 +90,13 @@ class Recipe:
         None, "most images that share one lambda; default as the official runs: 64 base, 256 others", 2)
     alpha: float = flag(None, "weight of the distillation term; default the paper's: 0.5 hard, 0.1 soft", 0, 1)
     temperature: float = flag(3.0, "of soft distillation", 1e-3)
-    ema: float = flag(
-        0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none (the paper's default)", 0, 1)
+    ema: float = flag(0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none (the paper's "
+                           "default)", 0, 1 - 1e-9)
     precision: str = flag("auto", "bf16, fp16 or fp32; auto is bf16 on GPUs that have it, else fp32")
     compile: bool = flag(False, "torch.compile the model and the teacher")
     workers: int = flag(None, "loader processes per process; default usable CPUs / processes here", 0)
     seed: int = flag(0, "everything random follows from it", 0, 2**63 - 1)
-    output: str = flag(None, "the run's folder; default runs/<model>-<data>")
+    output: str = flag(None, "the run's folder; default runs/<model>-<data> or runs/<model>-distilled-<data>")
     resume: bool = flag(False, "go on with the run in --output")
 
 
@@ -128,10 +128,10 @@ PRESETS = {
         {"lr": 5e-5, "min_lr": 1e-6, "batch_size": 256, "epochs": 100, "erasing": 0.0},
         "ours, not from the paper: Flowers, Pets or a few thousand images of your own, with --init"),
     "convnet": Preset(
-        {"optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-5, "batch_size": 256, "epochs": 100} | CROPS_AND_FLIPS,
+        CROPS_AND_FLIPS | {"optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-5, "batch_size": 256, "epochs": 100},
         "ours, not from the paper: a teacher from scratch, --model regnet_y_16gf"),
     "convnet-transfer": Preset(
-        {"optimizer": "sgd", "lr": 0.02, "weight_decay": 5e-5, "batch_size": 256, "epochs": 30} | CROPS_AND_FLIPS,
+        CROPS_AND_FLIPS | {"optimizer": "sgd", "lr": 0.02, "weight_decay": 5e-5, "batch_size": 256, "epochs": 30},
         "ours, not from the paper: a teacher that starts from --init official"),
 }
 
@@ -191,6 +191,9 @@ def make_recipe(typed):
                          "such as regnet_y_16gf to make a teacher")
     if recipe.distill and not is_deit:
         raise ValueError(f"--distill trains a DeiT, not {recipe.model}: leave it out to make a teacher")
+    if recipe.recipe and recipe.recipe.startswith("convnet") == is_deit:
+        raise ValueError(f"--recipe {recipe.recipe} is for {'a RegNet' if is_deit else 'a DeiT'}, "
+                         f"not {recipe.model}")
     idle = [name for name in ("teacher", "any_teacher", "alpha", "temperature") if not recipe.distill]
     idle += ["temperature"] if recipe.distill == "hard" else []
     idle += ["drop_path"] if not is_deit else []
@@ -386,9 +389,11 @@ class Progress:
         # under fp16 a step with an overflow is skipped and the loss scale halved: as it should, down to 1
         healthy = math.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() >= 1
         if not (healthy and all(map(math.isfinite, sums))):
-            own, scale = self.sums.tolist(), f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
+            own = self.sums.tolist()
+            scale = f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
+            blameless = self.place.rank > 0 or not all(map(math.isfinite, sums))
             what = (f"the loss became {own[0]}" if not all(map(math.isfinite, own)) else
-                    "the gradient is not finite" if self.place.rank == 0 and all(map(math.isfinite, sums)) else "")
+                    "" if blameless else "the gradient is not finite")
             self.end_diverged(what, f"between steps {step + 1 - self.steps_since} and {step} of epoch {epoch} "
                                     f"(learning rate {lr:.3g}, gradient norm {norm:.3g}{scale})")
         self.epoch_sums += torch.tensor(sums, dtype=torch.float64)
@@ -427,13 +432,13 @@ class Progress:
         self.bar.update(count)
 
     def end_epoch(self, record):
-        """Validation, on the first rank's bar and TensorBoard; the next epoch's sums start at zero."""
+        """Shows the epoch's record on the bar and in TensorBoard; the next epoch's sums start at zero."""
         if self.place.rank == 0:
             self.chart({f"epoch/{name}": value for name, value in record.items()
                         if name not in ("epoch", "step", "lr")}, record["step"])
             also = [f"{head} {record[f'{head}_top1']:.2f}" for head in ("class", "distillation", "ema")
                     if f"{head}_top1" in record]
-            also += [f"as the teacher {record['agreement']:.2f}"] if "agreement" in record else []
+            also += [f"agreement with the teacher {record['agreement']:.2f}"] if "agreement" in record else []
             self.bar.write(f"epoch {record['epoch']:>3}  loss {record['train_loss']:.4f}  "
                            f"top-1 {record['top1']:.2f}  top-5 {record['top5']:.2f}"
                            + (f"  ({', '.join(also)})" if also else ""))
@@ -517,22 +522,22 @@ def restore(student, checkpoint, folder):
 # A run
 
 
-def build_model(recipe, num_classes):
+def build_model(recipe, classes):
     """The model with fresh weights, or those of --init. Raises ValueError where these are of another kind."""
     torch.manual_seed(recipe.seed)
     if recipe.model in teacher.REGNETS:
         if not recipe.init:
-            return teacher.create_regnet(recipe.model, num_classes)
-        model = teacher.load_regnet(recipe.init, num_classes=num_classes)
+            return teacher.create_regnet(recipe.model, len(classes))
+        model = teacher.load_regnet(recipe.init, num_classes=len(classes), classes=classes)
         if model.fc.in_features != teacher.REGNETS[recipe.model]:
             raise ValueError(f"--init {recipe.init} is a {teacher.name_of(model)}: "
                              f"--model {teacher.name_of(model)}")
         return model
     if not recipe.init:
         return deit.create_model(recipe.model, distilled=bool(recipe.distill), image_size=recipe.image_size,
-                                 num_classes=num_classes, drop_path=recipe.drop_path)
-    model = deit.load_model(recipe.init, image_size=recipe.image_size, num_classes=num_classes,
-                            distilled=bool(recipe.distill), drop_path=recipe.drop_path)
+                                 num_classes=len(classes), drop_path=recipe.drop_path)
+    model = deit.load_model(recipe.init, image_size=recipe.image_size, num_classes=len(classes),
+                            classes=classes, distilled=bool(recipe.distill), drop_path=recipe.drop_path)
     size = next(size for size, (dim, _) in deit.SIZES.items() if dim == model.pos_embed.shape[2])
     if size != recipe.model:
         raise ValueError(f"--init {recipe.init} is a {size} model: --model {size}")
@@ -590,14 +595,15 @@ def measure_teacher(run, place):
     return evaluate(run.teacher, loader, place.device)["mean"]
 
 
-def check_teacher(score, num_classes, source):
+def check_teacher(score, num_classes, source, image_size):
     """Raises ValueError if the score could be chance's: less than three standard deviations above it."""
     chance = 1 / num_classes
     expected = score.images * chance + 3 * math.sqrt(score.images * chance * (1 - chance))
     if score.correct1 <= expected and score.correct1 < score.images:
         raise ValueError(f"teacher {source} gets {score.correct1} of {score.images} validation images "
-                         "right, which could be chance: its classes are others, or in another order, or "
-                         "it is untrained; --any-teacher to go on")
+                         f"right at {image_size} pixels, which could be chance: its classes are others, or "
+                         "in another order, or it was trained at another size, or not enough; --any-teacher "
+                         "to go on")
 
 
 def check_room(run, folder):
@@ -617,7 +623,7 @@ def check_room(run, folder):
 def notes(recipe):
     """Where a full training leaves what is known to work: published evidence, one line each."""
     lines = []
-    if recipe.model == "base" and not recipe.init and recipe.data != "demo":
+    if recipe.model == "base" and not recipe.init and not recipe.recipe and recipe.data != "demo":
         if recipe.batch_size != 1024:
             lines.append(f"a total batch of {recipe.batch_size}: on ImageNet users got 78.8 % with 512 and "
                          "78.57 % with 480, where 1024 gives 81.8 % (facebookresearch/deit, issues 40 "
@@ -625,13 +631,14 @@ def notes(recipe):
         if recipe.warmup_epochs != 5:
             lines.append(f"{recipe.warmup_epochs:g} warm-up epochs: on ImageNet a user got 79.2 % with 10, "
                          "where 5 give 81.8 % (facebookresearch/deit, issues 40 and 63)")
-    if recipe.recipe in ("finetune-384", "transfer", "convnet-transfer") and not recipe.init:
+    if recipe.recipe not in (None, "mmpretrain-small", "convnet") and not recipe.init:
         lines.append(f"--recipe {recipe.recipe} is meant to go with --init")
     if recipe.warmup_epochs > recipe.epochs:
         lines.append(f"the warm-up of {recipe.warmup_epochs:g} epochs is longer than the run: the rate "
                      "never reaches its peak")
     if recipe.min_lr > recipe.lr * recipe.batch_size / 512:
-        lines.append(f"the learning rate ends at --min-lr {recipe.min_lr:g}, above its peak")
+        lines.append(f"the learning rate ends at --min-lr {recipe.min_lr:g}, above its peak: --min-lr "
+                     f"{recipe.lr * recipe.batch_size / 512:.3g} or less keeps it below")
     return lines
 
 
@@ -639,8 +646,10 @@ def banner(run, place, folder, teacher_score, remarks):
     """What is about to happen, in a few lines to check before leaving it alone."""
     recipe, sampler = run.recipe, run.sampler
     values, preset = asdict(recipe), PRESETS.get(recipe.recipe)
+    kept = {name: value for name, value in preset.values.items() if values[name] == value} if preset else {}
+    typed = {name: values[name] for name in preset.values if name not in kept} if preset else {}
     demo = {name: values[name] for name, value in asdict(Recipe()).items() if name in DEMO | DEMO_TEACHER
-            and recipe.data == "demo" and name not in ("data", "model") and values[name] != value}
+            and recipe.data == "demo" and name not in {"data", "model", *kept} and values[name] != value}
     parameters = sum(parameter.numel() for parameter in run.student.model.parameters())
     where = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
     lines = {
@@ -648,8 +657,8 @@ def banner(run, place, folder, teacher_score, remarks):
         "data": f"{recipe.data}: {len(run.train_split.images):,} training and "
                 f"{len(run.val_split.images):,} validation images, {len(run.train_split.classes):,} classes"
                 f"{data.describe_ignored(run.train_split, run.val_split)}",
-        "recipe": preset and f"{recipe.recipe}: {listing({name: values[name] for name in preset.values})} "
-                             f"({preset.source})",
+        "recipe": preset and f"{recipe.recipe}: {listing(kept)} ({preset.source})"
+                             + (f"; but typed: {listing(typed)}" if typed else ""),
         "demo": demo and f"in place of the paper's values: {listing(demo)}",
         "epoch": f"{sampler.distinct_images:,} distinct images, {recipe.repeats} view(s) of each; "
                  f"{sampler.steps:,} steps, {recipe.epochs * sampler.steps:,} in {recipe.epochs} epochs",
@@ -721,7 +730,7 @@ def prepare(recipe, place, resuming):
         sampler = data.RepeatedAugSampler(
             len(train_split.images), place.rank, place.world_size, batch_size=local_batch,
             accum_steps=recipe.accum_steps, repeats=recipe.repeats, seed=recipe.seed)
-        model = build_model(replace(recipe, init=None) if resuming else recipe, len(train_split.classes))
+        model = build_model(replace(recipe, init=None) if resuming else recipe, train_split.classes)
     student = build_student(model, recipe, place)
     loader = data.train_loader(train_split.images, sampler, recipe.image_size,
                                rand_augment=recipe.rand_augment, erasing=recipe.erasing, seed=recipe.seed,
@@ -742,7 +751,7 @@ def with_teacher(run, place):
     run = run._replace(teacher=model)
     score = measure_teacher(run, place)
     if not recipe.any_teacher:
-        check_teacher(score, len(classes), recipe.teacher)
+        check_teacher(score, len(classes), recipe.teacher, recipe.image_size)
     return run, score
 
 
@@ -824,6 +833,7 @@ def train(recipe, place, folder, checkpoint=None):
             if checkpoint:
                 check_same_data(checkpoint, run)
                 restore(run.student, checkpoint, folder)
+                remarks += [f"resumed after step {checkpoint['state']['step']:,}"]
                 remarks += resume_notes(run, checkpoint, place)
                 state = checkpoint["state"] | {"parts": state["parts"]}
             check_same_step(state["step"], place)

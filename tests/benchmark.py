@@ -1,6 +1,6 @@
 """Ours against timm's DeiT, transformers' and the official way of writing the step: ratios, in one process, in turn.
 
-    python tests/benchmark.py                      about five minutes on two CPU cores
+    python tests/benchmark.py                      about six minutes on two CPU cores
     python tests/benchmark.py --device cuda        a GPU: full batches, whole compiled steps, share of its limit
     python tests/benchmark.py --quick              tiny only, two rounds: does it run?
     python tests/benchmark.py --only loader teacher
@@ -424,11 +424,12 @@ BENCHES = {"models": bench_models, "memory": bench_memory, "optimizer": bench_op
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the models run (default cpu)")
     parser.add_argument("--quick", action="store_true", help="tiny and two rounds only")
     parser.add_argument("--rounds", type=int, help="default 5, with --quick 2")
     parser.add_argument("--sizes", nargs="+", choices=list(deit.SIZES), help="default all, with --quick tiny")
-    parser.add_argument("--only", nargs="+", choices=list(BENCHES), default=list(BENCHES))
+    parser.add_argument("--only", nargs="+", choices=list(BENCHES), default=list(BENCHES),
+                        help="some of the races; loader has evaluation too (default all)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, for the models (default 1)")
     parser.add_argument("--workers", type=int, default=evaluate.usable_cpus(), help="of the loaders (default: all cores)")
     parser.add_argument("--peak", nargs=2, metavar=("NAME", "SIZE"), help=argparse.SUPPRESS)

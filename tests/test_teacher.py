@@ -103,6 +103,15 @@ class Malicious:
         return exec, ("raise SystemExit('executed')",)
 
 
+def test_two_urls_with_one_file_name_are_two_teachers(tmp_path, monkeypatch):
+    def fetch(url, path, hash_prefix=None, progress=True):
+        torch.save({"from": url}, path)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    assert [teacher.read_weights(f"https://{host}/best.pth")["from"] for host in "ab"] == ["https://a/best.pth", "https://b/best.pth"]
+
+
 def test_bad_files_are_refused_and_not_executed(tmp_path):
     (tmp_path / "malicious.pth").write_bytes(pickle.dumps({"model": Malicious()}))
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")

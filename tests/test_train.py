@@ -294,6 +294,21 @@ def test_the_whole_way_by_the_command_line_on_two_processes(shared_folder, tmp_p
         assert lines[-1] == f"* Acc@1 {best['top1']:.3f} Acc@5 {best['top5']:.3f} loss {best['loss']:.3f}"
 
 
+@pytest.mark.parametrize("model", ["tiny", "regnet_x_400mf"])
+def test_weights_of_other_classes_start_with_a_fresh_head_though_there_are_as_many(model, tmp_path, capsys):
+    recipe = train.make_recipe({"data": "imagenet", "model": model, "image_size": 32, "init": str(tmp_path / "init.pth")})
+    make = {"tiny": lambda: deit.create_model("tiny", image_size=32, num_classes=3)}.get(
+        model, lambda: train.teacher.create_regnet(model, 3))
+    content = {"model": make().state_dict(), "classes": ["ant", "bee", "emu"]}
+    torch.save(content, tmp_path / "init.pth")
+    for classes, fresh in ((["ant", "bee", "emu"], False), (["cat", "dog", "owl"], True), (["bee", "ant", "emu"], True)):
+        built = train.build_model(recipe, classes).state_dict()
+        same = {name for name, tensor in content["model"].items() if torch.equal(tensor, built[name])}
+        head = "head.weight" if model == "tiny" else "fc.weight"         # biases are zero in both
+        assert content["model"].keys() - same == ({head} if fresh else set())
+        assert ("fresh" in capsys.readouterr().out) == fresh
+
+
 def test_two_torchrun_agents_are_one_run(shared_folder, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -359,6 +374,7 @@ def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(sha
     (["--data", "{data}", "--init", "{text}"], "is not a checkpoint"),
     (["--data", "{data}", "--model", "small", "--init", "{distilled}"], "is a tiny model: --model tiny"),
     (["--data", "{data}", "--recipe", "imagenet"], "invalid choice: 'imagenet'"),
+    (["--data", "{data}", "--recipe", "convnet"], "--recipe convnet is for a RegNet, not tiny"),
     (["--data", "{data}", "--model", "regnet_y_400mf", "--init", "{other}"], "is a regnet_x_400mf"),
     (["--data", "{data}", "--precision", "fp16"], "fp16 needs a GPU"),
     (["--data", "{data}", "--temperature", "2", "--distill"], "--temperature 2.0 would do nothing without --distill soft"),
