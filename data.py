@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets, transforms
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -234,17 +234,17 @@ class TrainBatches(Dataset):
     def __getitem__(self, request):
         epoch, draws = request
         decoded = {index: self.images[index] for index in dict(draws)}
-        pixels = torch.empty(len(draws), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        boxes = []
+        views, boxes = [], []
         with torch.random.fork_rng(devices=[]):                     # with no workers this is the main process
             for position, (index, view) in enumerate(draws):
                 torch.default_generator.manual_seed(seed_from(self.seed, epoch, index, view))
-                pixels[position] = self.transform(decoded[index][0])
+                views.append(self.transform(decoded[index][0]))
                 if torch.rand(()) < self.erasing and (box := erasing_box(self.image_size)):
                     boxes.append((position, *box))
         indices = torch.tensor([index for index, _ in draws])
         labels = torch.tensor([decoded[index][1] for index, _ in draws])
-        return pixels, labels, indices, torch.tensor(boxes, dtype=torch.int64).reshape(-1, 5)
+        boxes = torch.tensor(boxes, dtype=torch.int64).reshape(-1, 5)
+        return default_collate(views), labels, indices, boxes       # in a worker straight into shared memory
 
 
 def worker_options(workers):

@@ -144,6 +144,10 @@ DEMO_TEACHER = {"model": "regnet_y_400mf", "epochs": 4, "batch_size": 16, "lr": 
                 "warmup_epochs": 0.3, "label_smoothing": 0.0} | CROPS_AND_FLIPS
 
 
+def option(name):
+    return f"--{name.replace('_', '-')}"
+
+
 def listing(values):
     return ", ".join(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
                      for name, value in values.items())
@@ -162,7 +166,7 @@ def parse_recipe():
                            formatter_class=argparse.RawDescriptionHelpFormatter,
                            argument_default=argparse.SUPPRESS)
     for item in fields(Recipe):
-        name, shown = "--" + item.name.replace("_", "-"), item.metadata["help"]
+        name, shown = option(item.name), item.metadata["help"]
         if item.default not in (None, False):
             shown += (f" (default {item.default:g})" if isinstance(item.default, float) else
                       f" (default {item.default})")
@@ -194,20 +198,18 @@ def make_recipe(typed):
     if recipe.recipe and recipe.recipe.startswith("convnet") == is_deit:
         raise ValueError(f"--recipe {recipe.recipe} is for {'a RegNet' if is_deit else 'a DeiT'}, "
                          f"not {recipe.model}")
-    idle = [name for name in ("teacher", "any_teacher", "alpha", "temperature") if not recipe.distill]
-    idle += ["temperature"] if recipe.distill == "hard" else []
-    idle += ["drop_path"] if not is_deit else []
-    for name in idle:
+    needs = {} if recipe.distill else dict.fromkeys(("teacher", "any_teacher", "alpha"), "--distill")
+    needs |= {} if recipe.distill == "soft" else {"temperature": "--distill soft"}
+    needs |= {} if is_deit else {"drop_path": "a DeiT"}
+    for name, need in needs.items():
         if name in typed and not recipe.resume:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {typed[name]} would do nothing without "
-                f"{'a DeiT' if name == 'drop_path' else '--distill soft' if recipe.distill else '--distill'}"
-                ": add that, or leave it out")
+            raise ValueError(f"{option(name)} {typed[name]} would do nothing without {need}: add that, or "
+                             "leave it out")
     for item in fields(Recipe):
         value, (low, high) = getattr(recipe, item.name), (item.metadata["low"], item.metadata["high"])
         if isinstance(value, (int, float)) and not low <= value <= high:     # not a number (nan) fails too
             bounds = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
-            raise ValueError(f"--{item.name.replace('_', '-')} {value}: it must be {bounds}")
+            raise ValueError(f"{option(item.name)} {value}: it must be {bounds}")
     if is_deit and recipe.image_size % deit.PATCH_SIZE:
         deit.create_model(recipe.model, image_size=recipe.image_size)   # raises, with the size to use instead
     recipe.alpha = recipe.alpha if recipe.alpha is not None else 0.1 if recipe.distill == "soft" else 0.5
@@ -311,7 +313,7 @@ def gradients_joined(student, last):
 
 
 class Progress:
-    """Sums the loss terms on the device, and now and then brings them to the host, the bar and TensorBoard.
+    """Sums the loss terms on the device, and now and then brings them to the host.
 
     Now and then is every LOG_EVERY steps on a GPU, where looking at a number makes the host wait, and
     every step on a CPU. In the same exchange the ranks agree whether to stop (any got a signal) or to
@@ -325,15 +327,10 @@ class Progress:
         self.sums, self.norm = (torch.zeros(len(self.terms), device=place.device),
                                 torch.zeros((), device=place.device))
         self.epoch_sums = torch.tensor(state["epoch_sums"] or [0.0] * len(self.terms), dtype=torch.float64)
-        self.signal, self.stopping, self.shown = 0, False, False
+        self.signal, self.stopping = 0, False
         self.saved = self.since = time.monotonic()
         self.waited, self.steps_since = 0.0, 0
-        self.bar = self.writer = None
-        if place.rank == 0:
-            self.bar = tqdm(initial=state["step"], total=recipe.epochs * steps, unit="step", smoothing=0.05,
-                            # a log file gets a line now and then
-                            mininterval=0.1 if sys.stderr.isatty() else 30)
-            self.writer = SummaryWriter(folder, purge_step=state["step"] + 1)
+        self.display = Display(recipe, folder, steps, state["step"]) if place.rank == 0 else None
         self.handlers = {number: signal.signal(number, self.on_signal)
                          for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -346,25 +343,12 @@ class Progress:
         self.waited += time.monotonic() - asked
         return batch
 
+    def see_images(self, images):
+        if self.display:
+            self.display.first_batch(images)
+
     def add(self, terms):
         self.sums += torch.stack(terms).detach() / self.recipe.accum_steps
-
-    def chart(self, values, step):
-        """Scalars for TensorBoard; if they cannot be written, the run goes on without."""
-        try:
-            for name, value in values.items() if self.writer else ():
-                self.writer.add_scalar(name, value, step)
-        except OSError as error:
-            self.writer = None
-            self.bar.write(f"note     no more TensorBoard events in {self.folder}: {error}")
-
-    def see_images(self, images):
-        """A contact sheet of the run's first batch in TensorBoard, as the model sees it."""
-        if self.writer and not self.shown:
-            mean, std = data.mean_and_std(images.device)
-            sheet = torchvision.utils.make_grid((images[:64] * std + mean).clamp(0, 1).cpu(), nrow=8)
-            self.writer.add_image("first batch", sheet, self.bar.n)
-            self.shown = True
 
     def see_gradient(self, model):
         """The gradient's norm; keeps the largest since the last report, and nan wins."""
@@ -386,19 +370,14 @@ class Progress:
         if self.place.world_size > 1:
             dist.all_reduce(exchange)
         *sums, norm, stop, due = exchange.tolist()
-        # under fp16 a step with an overflow is skipped and the loss scale halved: as it should, down to 1
-        healthy = math.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() >= 1
-        if not (healthy and all(map(math.isfinite, sums))):
-            own = self.sums.tolist()
-            scale = f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
-            blameless = self.place.rank > 0 or not all(map(math.isfinite, sums))
-            what = (f"the loss became {own[0]}" if not all(map(math.isfinite, own)) else
-                    "" if blameless else "the gradient is not finite")
-            self.end_diverged(what, f"between steps {step + 1 - self.steps_since} and {step} of epoch {epoch} "
-                                    f"(learning rate {lr:.3g}, gradient norm {norm:.3g}{scale})")
+        self.check_finite(epoch, step, lr, sums, norm, scaler)
         self.epoch_sums += torch.tensor(sums, dtype=torch.float64)
-        if self.place.rank == 0:
-            self.show(epoch, step, lr, sums, norm)
+        if self.display:
+            count, seconds = self.steps_since, time.monotonic() - self.since
+            means = {name: total / count for name, total in zip(self.terms, sums)}
+            self.display.steps(epoch, step + 1, count, means | {
+                "lr": lr, "gradient_norm": norm, "data_wait_share": self.waited / seconds,
+                "images_per_second": self.recipe.batch_size * count / seconds})
         self.sums.zero_()
         self.norm.zero_()
         self.since, self.waited, self.steps_since = time.monotonic(), 0.0, 0
@@ -406,10 +385,24 @@ class Progress:
         # the end of an epoch is saved in any case
         return (self.stopping or due > 0) and step + 1 < self.steps
 
+    def check_finite(self, epoch, step, lr, sums, norm, scaler):
+        """Ends the run if the loss or gradient of any rank is not finite: those whose own loss it was say
+        so, or the first, if it was the gradient."""
+        # under fp16 a step with an overflow is skipped and the loss scale halved: as it should, down to 1
+        healthy = math.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() >= 1
+        losses_finite, own = all(map(math.isfinite, sums)), self.sums.tolist()
+        if healthy and losses_finite:
+            return
+        scale = f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
+        what = (f"the loss became {own[0]}" if not all(map(math.isfinite, own)) else
+                "the gradient is not finite" if self.place.rank == 0 and losses_finite else None)
+        self.end_diverged(what, f"between steps {step + 1 - self.steps_since} and {step} of epoch {epoch} "
+                                f"(learning rate {lr:.3g}, gradient norm {norm:.3g}{scale})")
+
     def end_diverged(self, what, where):
         """Ends the run on all ranks together; those that have something to say, say it."""
-        if self.bar:
-            self.bar.close()
+        if self.display:
+            self.display.bar.close()
         if what:
             print(f"train.py: rank {self.place.rank}: {what} {where}; {self.folder / 'last.pth'} is from "
                   "before it. Try a lower --lr, or --precision fp32", file=sys.stderr, flush=True)
@@ -417,41 +410,65 @@ class Progress:
             dist.barrier()
         sys.exit(1)
 
-    def show(self, epoch, step, lr, sums, norm):
-        """The bar and TensorBoard, on the first rank."""
-        seconds, count = time.monotonic() - self.since, self.steps_since
-        values = {name: total / count for name, total in zip(self.terms, sums)}
-        values |= {"lr": lr, "gradient_norm": norm,
-                   "images_per_second": self.recipe.batch_size * count / seconds,
-                   "data_wait_share": self.waited / seconds}
-        self.chart({f"train/{name}": value for name, value in values.items()}, epoch * self.steps + step + 1)
-        self.bar.set_description_str(f"epoch {epoch}", refresh=False)
-        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, lr {lr:.2e}, "
-                                 f"{values['images_per_second']:.0f} images/s, "
-                                 f"waiting for data {values['data_wait_share']:.0%}", refresh=False)
-        self.bar.update(count)
-
     def end_epoch(self, record):
-        """Shows the epoch's record on the bar and in TensorBoard; the next epoch's sums start at zero."""
-        if self.place.rank == 0:
-            self.chart({f"epoch/{name}": value for name, value in record.items()
-                        if name not in ("epoch", "step", "lr")}, record["step"])
-            also = [f"{head} {record[f'{head}_top1']:.2f}" for head in ("class", "distillation", "ema")
-                    if f"{head}_top1" in record]
-            also += [f"agreement with the teacher {record['agreement']:.2f}"] if "agreement" in record else []
-            self.bar.write(f"epoch {record['epoch']:>3}  loss {record['train_loss']:.4f}  "
-                           f"top-1 {record['top1']:.2f}  top-5 {record['top5']:.2f}"
-                           + (f"  ({', '.join(also)})" if also else ""))
+        if self.display:
+            self.display.epoch(record)
         self.epoch_sums.zero_()
         self.since = time.monotonic()
 
     def close(self):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.place.rank == 0:
-            self.bar.close()
-            with contextlib.suppress(OSError):
-                self.writer and self.writer.close()
+        if self.display:
+            self.display.close()
+
+
+class Display:
+    """What the first rank shows: the bar and TensorBoard."""
+
+    def __init__(self, recipe, folder, steps, step):
+        self.epoch_steps, self.folder, self.shown = steps, folder, False
+        self.bar = tqdm(initial=step, total=recipe.epochs * steps, unit="step", smoothing=0.05,
+                        mininterval=0.1 if sys.stderr.isatty() else 30)  # a log file gets a line now and then
+        self.writer = SummaryWriter(folder, purge_step=step + 1)
+
+    def chart(self, group, values, step):
+        """Scalars for TensorBoard; if they cannot be written, the run goes on without."""
+        try:
+            for name, value in values.items() if self.writer else ():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
+        except OSError as error:
+            self.writer = None
+            self.bar.write(f"note     no more TensorBoard events in {self.folder}: {error}")
+
+    def first_batch(self, images):
+        """A contact sheet of the run's first batch in TensorBoard, as the model sees it."""
+        if self.writer and not self.shown:
+            mean, std = data.mean_and_std(images.device)
+            sheet = torchvision.utils.make_grid((images[:64] * std + mean).clamp(0, 1).cpu(), nrow=8)
+            self.writer.add_image("first batch", sheet, self.bar.n)
+            self.shown = True
+
+    def steps(self, epoch, step, count, values):
+        self.chart("train", values, epoch * self.epoch_steps + step)
+        self.bar.set_description_str(f"epoch {epoch}", refresh=False)
+        self.bar.set_postfix_str("loss {loss:.3f}, lr {lr:.2e}, {images_per_second:.0f} images/s, waiting for "
+                                 "data {data_wait_share:.0%}".format(**values), refresh=False)
+        self.bar.update(count)
+
+    def epoch(self, record):
+        self.chart("epoch", {name: value for name, value in record.items()
+                             if name not in ("epoch", "step", "lr")}, record["step"])
+        also = [f"{head} {record[f'{head}_top1']:.2f}" for head in ("class", "distillation", "ema")
+                if f"{head}_top1" in record]
+        also += [f"agreement with the teacher {record['agreement']:.2f}"] if "agreement" in record else []
+        self.bar.write("epoch {epoch:>3}  loss {train_loss:.4f}  top-1 {top1:.2f}  top-5 {top5:.2f}".format(**record)
+                       + (f"  ({', '.join(also)})" if also else ""))
+
+    def close(self):
+        self.bar.close()
+        with contextlib.suppress(OSError):
+            self.writer and self.writer.close()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -861,7 +878,7 @@ def run_epochs(run, place, folder, state):
 
     def save_run(step, epoch_sums):
         if not math.isfinite(nn.utils.get_total_norm(student.model.parameters())):
-            progress.end_diverged("a weight is not finite" if place.rank == 0 else "", f"after step {step}")
+            progress.end_diverged("a weight is not finite" if place.rank == 0 else None, f"after step {step}")
         state.update(step=step, epoch_sums=epoch_sums)
         if place.rank == 0:
             save_last(run, state, folder)
@@ -942,8 +959,8 @@ def saved_recipe(typed, checkpoint):
     free = ("resume", "output", "data", "teacher", "any_teacher", "workers", "accum_steps", "compile")
     saved = {item.name: checkpoint["recipe"].get(item.name, item.default) for item in fields(Recipe)}
     for name, value in typed.items():
-        if name not in free and value not in (saved[name], "auto"):
-            raise ValueError(f"--{name.replace('_', '-')} {value}, but the run to resume has "
+        if name not in free and value not in (saved[name], "auto"):      # auto: as it was chosen then
+            raise ValueError(f"{option(name)} {value}, but the run to resume has "
                              f"{saved[name]}: leave the flag out, or start a new run with another --output")
     return Recipe(**saved | {name: typed[name] for name in free if name in typed})
 
