@@ -247,6 +247,10 @@ class TrainBatches(Dataset):
         return default_collate(views), labels, indices, boxes       # in a worker straight into shared memory
 
 
+def usable_cpus():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def worker_options(workers):
     """DataLoader's options for its workers. They come from a fork server and stay: to fork the training
     process itself, full of threads, once per epoch is to deadlock sooner or later."""
@@ -633,8 +637,8 @@ def main():
     parser.add_argument("--image-size", type=int, default=224, help="pixels of a view (default 224)")
     parser.add_argument("--rows", type=int, default=8, help="pictures on the sheet (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other views (default 0)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(
-        os, "sched_getaffinity") else os.cpu_count(), help="processes for --check (default: all cores)")
+    parser.add_argument("--workers", type=int, default=usable_cpus(),
+                        help="processes for --check (default: usable CPUs)")
     parser.add_argument("--output", default="contact_sheet.png",
                         help="where the sheet goes (default contact_sheet.png)")
     args = parser.parse_args()

@@ -102,10 +102,6 @@ def one_per_machine_first(place):
         dist.barrier()
 
 
-def usable_cpus():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, printed by one process."""
 
@@ -487,7 +483,7 @@ def score(args, loaded, guide, split, place):
     """Evaluates, against the decisions of the teacher `guide` if there is one, and prints, on the first
     process."""
     columns = match_classes(split.classes, loaded, args.reference)
-    workers = usable_cpus() // place.local_world_size if args.workers is None else args.workers
+    workers = data.usable_cpus() // place.local_world_size if args.workers is None else args.workers
     if place.rank == 0:
         parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
         print(f"{args.weights}: {parameters:,} parameters, {loaded.num_classes} classes, "

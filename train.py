@@ -45,7 +45,7 @@ import deit
 import distill
 import teacher
 from evaluate import (BATCH_SIZE, OneLineParser, decisions, evaluate, join_processes, one_line_errors,
-                      one_per_machine_first, usable_cpus)
+                      one_per_machine_first)
 
 LOG_EVERY = 20                                                           # steps between two looks at the loss
 CHECKPOINT_MINUTES = 30                                              # between two checkpoints within an epoch
@@ -390,9 +390,10 @@ class Progress:
         so, or the first, if it was the gradient."""
         # under fp16 a step with an overflow is skipped and the loss scale halved: as it should, down to 1
         healthy = math.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() >= 1
-        losses_finite, own = all(map(math.isfinite, sums)), self.sums.tolist()
+        losses_finite = all(map(math.isfinite, sums))
         if healthy and losses_finite:
             return
+        own = self.sums.tolist()
         scale = f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
         what = (f"the loss became {own[0]}" if not all(map(math.isfinite, own)) else
                 "the gradient is not finite" if self.place.rank == 0 and losses_finite else None)
@@ -740,7 +741,7 @@ def prepare(recipe, place, resuming):
     it later."""
     recipe = replace(recipe, precision=choose_precision(recipe.precision, place))
     torch.backends.cudnn.benchmark = True                      # for the teacher: all batches have one shape
-    workers = usable_cpus() // place.local_world_size if recipe.workers is None else recipe.workers
+    workers = data.usable_cpus() // place.local_world_size if recipe.workers is None else recipe.workers
     local_batch = split_batch(recipe, place)
     with one_per_machine_first(place):                               # it may download data or --init
         train_split, val_split = data.open_dataset(recipe.data)

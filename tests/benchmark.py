@@ -431,7 +431,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=list(BENCHES), default=list(BENCHES),
                         help="some of the races; loader has evaluation too (default all)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, for the models (default 1)")
-    parser.add_argument("--workers", type=int, default=evaluate.usable_cpus(), help="of the loaders (default: all cores)")
+    parser.add_argument("--workers", type=int, default=data.usable_cpus(), help="of the loaders (default: all cores)")
     parser.add_argument("--peak", nargs=2, metavar=("NAME", "SIZE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -443,7 +443,7 @@ def main():
     packages += [f"transformers {transformers.__version__}"] if transformers else []
     args.flops = measure_flops() if args.device == "cuda" else None
     hardware = (f"{torch.cuda.get_device_name()}, {args.flops / 1e12:.0f} TFLOP/s bf16" if args.flops else
-                f"{platform.processor() or platform.machine()}, {args.threads} thread(s) of {evaluate.usable_cpus()} CPUs, float32")
+                f"{platform.processor() or platform.machine()}, {args.threads} thread(s) of {data.usable_cpus()} CPUs, float32")
     print(f"{hardware}; {', '.join(packages)}; medians of {args.rounds} rounds, images/s\n")
     print(f"{'':<44}{'ours':>12}{'theirs':>12}  {'who':<26}{'ratio':>6}")
     for name in args.only:
