@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import threading
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
@@ -113,19 +113,43 @@ class RandAugment:
 # One image to uint8 pixels
 
 
+def pixels_of(image):
+    """RGB Pillow image, or what this made of one, to uint8 (1, 3, H, W): channels last, as torch resizes
+    fastest."""
+    if isinstance(image, torch.Tensor):
+        return image
+    return torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
+
+
+def pillow_of(pixels):
+    return Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+
+
+def random_resized_crop(pixels, image_size):
+    """A random part, area 8 % to 100 %, aspect 3/4 to 4/3, resized to (1, 3, S, S).
+
+    By torch's bicubic, in a quarter of Pillow's time: its weights have 16 bits where Pillow's have 22, so
+    that three values in a hundred differ by 1. Evaluation is left to Pillow.
+    """
+    top, left, height, width = transforms.RandomResizedCrop.get_params(pixels, (0.08, 1), (3 / 4, 4 / 3))
+    part = pixels[..., top:top + height, left:left + width]
+    return F.interpolate(part, (image_size, image_size), mode="bicubic", antialias=True)
+
+
 def train_transform(image_size, *, rand_augment=9.0):
-    """RGB Pillow image to a random uint8 view (3, S, S): crop, flip, RandAugment (0 turns that off).
+    """RGB Pillow image, or its `pixels_of`, to a random uint8 view (3, S, S): crop, flip, RandAugment (0
+    turns that off).
 
     At 32 pixels or less the crop is the one for small images: S x S out of the image padded by 4 pixels
     of black.
     """
     if image_size <= 32:
-        crop = [transforms.Resize(image_size, Image.Resampling.BICUBIC),
-                transforms.RandomCrop(image_size, padding=4)]
+        crop = [v2.Resize(image_size, v2.InterpolationMode.BICUBIC), v2.RandomCrop(image_size, padding=4)]
     else:
-        crop = [transforms.RandomResizedCrop(image_size, interpolation=transforms.InterpolationMode.BICUBIC)]
+        crop = [partial(random_resized_crop, image_size=image_size)]
     augment = [RandAugment(rand_augment)] if rand_augment else []
-    return transforms.Compose([*crop, transforms.RandomHorizontalFlip(), *augment, transforms.PILToTensor()])
+    return transforms.Compose([pixels_of, *crop, v2.RandomHorizontalFlip(), pillow_of, *augment,
+                               transforms.PILToTensor()])
 
 
 def short_side(image_size, crop_ratio=0.875):
@@ -233,7 +257,10 @@ class TrainBatches(Dataset):
 
     def __getitem__(self, request):
         epoch, draws = request
-        decoded = {index: self.images[index] for index in dict(draws)}
+        decoded = {}
+        for index in dict(draws):
+            image, label = self.images[index]
+            decoded[index] = pixels_of(image), label
         views, boxes = [], []
         with torch.random.fork_rng(devices=[]):                     # with no workers this is the main process
             for position, (index, view) in enumerate(draws):

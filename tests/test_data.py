@@ -106,18 +106,34 @@ def test_normalizing_bytes_is_the_usual_chain():
 
 
 def test_training_crops_follow_the_recipes_areas_and_are_bicubic(monkeypatch):
-    boxes = []
-    monkeypatch.setattr(transforms.functional, "resized_crop", lambda image, i, j, h, w, size, interpolation, antialias=True:
-                        boxes.append((h, w, interpolation)) or image.crop((0, 0, *size)))
+    boxes, interpolate = [], torch.nn.functional.interpolate
+
+    def watch(crop, size, mode, antialias):
+        boxes.append((*crop.shape[2:], mode, antialias))
+        return interpolate(crop, size, mode="nearest")
+    monkeypatch.setattr(data.F, "interpolate", watch)
     torch.manual_seed(0)
-    transform = data.train_transform(64, rand_augment=0)
+    transform, pixels = data.train_transform(64, rand_augment=0), data.pixels_of(photo(400, 400))
     for _ in range(2000):
-        transform(photo(400, 400))
-    heights, widths, modes = (np.array(column) for column in zip(*boxes))
+        transform(pixels)
+    heights, widths, modes, antialias = (np.array(column) for column in zip(*boxes))
     areas = heights * widths / 160_000
     assert 0.079 <= areas.min() < 0.1 and areas.max() <= 1 and np.mean(areas) == pytest.approx(0.49, abs=0.03)
     assert 0.74 < (widths / heights).min() and (widths / heights).max() < 1.35
-    assert set(modes) == {transforms.InterpolationMode.BICUBIC}
+    assert set(modes) == {"bicubic"} and antialias.all()
+
+
+def test_training_crops_are_pillows_but_for_three_values_in_a_hundred_that_differ_by_1():
+    ours, pillows, pixels = [], [], photo(500, 375)
+    usual = transforms.RandomResizedCrop(224, interpolation=transforms.InterpolationMode.BICUBIC)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        ours.append(data.random_resized_crop(data.pixels_of(pixels), 224)[0].int())
+        torch.manual_seed(seed)                                     # so the same box is drawn
+        pillows.append(transforms.functional.pil_to_tensor(usual(pixels)).int())
+    difference = (torch.stack(ours) - torch.stack(pillows)).abs()
+    assert difference.max() <= 3 and (difference > 1).float().mean() < 1e-4
+    assert 0.01 < (difference > 0).float().mean() < 0.04
 
 
 def test_views_of_small_images_are_padded_crops():
