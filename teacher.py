@@ -102,14 +102,14 @@ def read_weights(source):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(url, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no teacher {source}: a path, an https URL, official, or a torchvision "
+        raise FileNotFoundError(f"no RegNet {source}: a path, an https URL, official, or a torchvision "
                                 "RegNet such as regnet_y_16gf is expected") from None
     except OSError as error:
-        raise OSError(f"cannot read teacher {source}: {error}; give a file with --teacher FILE") from None
+        raise OSError(f"cannot read RegNet {source}: {error}; give the path of its file") from None
     except Exception as error:                                  # a damaged file can make torch raise anything
         reason = (str(error).split("\n")[0][:200] if isinstance(error, RuntimeError) else
                   "it is damaged, or of another format")
-        raise ValueError(f"teacher {source} is not a file of tensors and plain values: {reason}") from None
+        raise ValueError(f"{source} is not a file of tensors and plain values: {reason}") from None
 
 
 def find_weights(checkpoint):
@@ -167,8 +167,8 @@ def freeze(model):
 
 def load_teacher(source="official", num_classes=1000, classes=None):
     """The frozen teacher (see `freeze`): logits (B, K) of images (B, 3, S, S) normalised as the student's.
-    Raises ValueError if it does not know
-    `num_classes` classes, or if its file names other `classes` or another order."""
+    Raises ValueError if it does not know `num_classes` classes, or if its file names other `classes` or
+    another order."""
     advice = "train one for your classes: python train.py --model regnet_y_16gf --recipe convnet --data DIR"
     if weights_url(str(source)) and num_classes != 1000:                 # known before anything is downloaded
         raise ValueError(f"teacher {source} knows ImageNet's 1000 classes and the data has "

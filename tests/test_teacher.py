@@ -119,5 +119,5 @@ def test_bad_files_are_refused_and_not_executed(tmp_path):
         teacher.load_teacher(tmp_path / "malicious.pth")
     with pytest.raises(ValueError, match="no RegNet of torchvision: .* found weight"):
         teacher.load_teacher(tmp_path / "other.pth")
-    with pytest.raises(FileNotFoundError, match="no teacher"):
+    with pytest.raises(FileNotFoundError, match="no RegNet"):
         teacher.load_teacher(tmp_path / "absent.pth")

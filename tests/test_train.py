@@ -368,7 +368,7 @@ def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(sha
     (["--data", "{data}", "--distill"], "knows ImageNet's 1000 classes and the data has 3; train one"),
     (["--data", "{data}", "--distill", "--teacher", "{wrong}"], "knows 7 classes and the data has 3; train one"),
     (["--data", "{data}", "--distill", "--teacher", "{text}"], "not a file of tensors"),
-    (["--data", "{data}", "--distill", "--teacher", "absent.pth"], "no teacher absent.pth"),
+    (["--data", "{data}", "--distill", "--teacher", "absent.pth"], "no RegNet absent.pth"),
     (["--data", "{data}", "--teacher", "{wrong}"], "would do nothing without --distill: add that"),
     (["--data", "{data}", "--model", "regnet_y_400mf", "--distill"], "--distill trains a DeiT"),
     (["--data", "{data}", "--init", "{text}"], "is not a checkpoint"),
