@@ -24,6 +24,7 @@ import sys
 import threading
 from functools import lru_cache, partial
 from multiprocessing import forkserver
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -328,13 +329,10 @@ class EvalImages(Dataset):
         return self.transform(image), label
 
 
-def eval_loader(images, image_size, *, crop_ratio=0.875, batch_size=64, workers=0, rank=0, world_size=1,
-                subset=None):
-    """Batches of (images uint8, labels). Every image (of `subset`: indices) goes to one rank, once;
-    nothing is padded."""
-    indices = range(len(images)) if subset is None else subset
+def eval_loader(images, image_size, *, crop_ratio=0.875, batch_size=64, workers=0, rank=0, world_size=1):
+    """Batches of (images uint8, labels). Every image goes to one rank, once; nothing is padded."""
     return DataLoader(EvalImages(images, image_size, crop_ratio), batch_size=batch_size,
-                      sampler=indices[rank::world_size], **worker_options(workers))
+                      sampler=range(rank, len(images), world_size), **worker_options(workers))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -381,20 +379,19 @@ def mix(images, labels, indices, num_classes, *, mixup=0.8, cutmix=1.0, group=25
     `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 leaves that one out. Every `group`
     images or fewer share one choice, lambda and box, as in one process of the official runs. Each image
     is mixed with its neighbour, which by the layout of the batch is another image; where it is not (a
-    batch of few images), the group stays as it is.
+    batch of few images), the group stays as it is. What comes back is in the order of the groups.
     """
     choices = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
     choices += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
     groups = math.ceil(len(images) / group) if choices else 1
-    parts = []
+    mixed = []
     for first in range(groups):                               # a group: every groups-th image from `first` on
-        part, numbers = (images[first::groups], labels[first::groups]), indices[first::groups]
+        part, part_labels, numbers = (tensor[first::groups] for tensor in (images, labels, indices))
         if choices and (numbers != numbers.roll(1)).all():
-            parts.append(choices[torch.randint(len(choices), ())](*part))
+            mixed.append(choices[torch.randint(len(choices), ())](part, part_labels))
         else:
-            parts.append((part[0], F.one_hot(part[1], num_classes).float()))
-    images, targets = zip(*parts)
-    return (images[0], targets[0]) if groups == 1 else (torch.cat(images), torch.cat(targets))
+            mixed.append((part, F.one_hot(part_labels, num_classes).float()))
+    return mixed[0] if groups == 1 else tuple(map(torch.cat, zip(*mixed)))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -524,20 +521,17 @@ def flowers102(root, train):
     """The paper's split: 2,040 images to train on (its train and val), 6,149 to test on."""
     parts = [datasets.Flowers102(root, split, download=True)
              for split in (("train", "val") if train else ("test",))]
-    return ConcatDataset(parts), getattr(parts[0], "classes", [f"flower {label + 1}" for label in range(102)])
-
-
-def with_classes(dataset):
-    return dataset, dataset.classes
+    images = ConcatDataset(parts)
+    images.classes = parts[0].classes
+    return images
 
 
 NAMED = {
-    "demo": lambda root, train: with_classes(Demo(train)),
-    "cifar10": lambda root, train: with_classes(datasets.CIFAR10(root, train=train, download=True)),
-    "cifar100": lambda root, train: with_classes(datasets.CIFAR100(root, train=train, download=True)),
+    "demo": lambda root, train: Demo(train),
+    "cifar10": lambda root, train: datasets.CIFAR10(root, train=train, download=True),
+    "cifar100": lambda root, train: datasets.CIFAR100(root, train=train, download=True),
     "flowers102": flowers102,
-    "pets": lambda root, train: with_classes(
-        datasets.OxfordIIITPet(root, "trainval" if train else "test", download=True)),
+    "pets": lambda root, train: datasets.OxfordIIITPet(root, "trainval" if train else "test", download=True),
 }
 
 
@@ -546,7 +540,8 @@ def open_split(data, *, train):
     which torchvision downloads to ./datasets. For validation a folder of class folders will do too.
     Raises FileNotFoundError or ValueError that name the folder and the remedy."""
     if data in NAMED:
-        return Split(*NAMED[data]("datasets", train))
+        images = NAMED[data]("datasets", train)
+        return Split(images, images.classes)
     root, name = Path(data), "train" if train else "val"
     if not root.is_dir():
         raise FileNotFoundError(f"no dataset {str(data)!r}: give a folder with train/ and val/ in it, or "
@@ -628,27 +623,17 @@ def draw_grid(columns, titles, names):
     return sheet
 
 
-class Openable(Dataset):
-    """For --check: item i is "" or the reason why image i cannot be read."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        try:
-            self.images[index]
-        except Exception as error:
-            return str(error)
-        return ""
-
-
 def check(split, name, workers):
     """Opens every image; prints the bad ones and returns their number."""
-    loader = DataLoader(Openable(split.images), batch_size=64, collate_fn=list, **worker_options(workers))
-    bad = [reason for batch in tqdm(loader, desc=f"check {name}", unit="batch") for reason in batch if reason]
+    def problem(index):
+        try:
+            split.images[index]
+        except Exception as error:
+            return str(error)
+
+    with ThreadPool(workers) as pool:                               # Pillow decodes outside Python's lock
+        reasons = pool.imap(problem, range(len(split.images)), chunksize=64)
+        bad = [reason for reason in tqdm(reasons, f"check {name}", len(split.images), unit="image") if reason]
     print(f"{name}: {len(split.images)} images, {len(split.classes)} classes{describe_ignored(split)}, "
           f"{len(bad)} unreadable", *bad, sep="\n  ")
     return len(bad)
@@ -665,12 +650,12 @@ def main():
     parser.add_argument("--rows", type=int, default=8, help="pictures on the sheet (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other views (default 0)")
     parser.add_argument("--workers", type=int, default=usable_cpus(),
-                        help="processes for --check (default: usable CPUs)")
+                        help="threads for --check (default: usable CPUs)")
     parser.add_argument("--output", default="contact_sheet.png",
                         help="where the sheet goes (default contact_sheet.png)")
     args = parser.parse_args()
-    if args.rows < 1 or args.seed < 0 or args.image_size < 1 or args.workers < 0:
-        parser.error("--rows and --image-size must be 1 or more, --seed and --workers 0 or more")
+    if min(args.rows, args.image_size, args.workers) < 1 or args.seed < 0:
+        parser.error("--rows, --image-size and --workers must be 1 or more, --seed 0 or more")
     try:
         train, val = open_dataset(args.data)
         if args.check:

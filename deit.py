@@ -374,17 +374,26 @@ def find_weights(checkpoint, source, *, ema=False):
     return state if all(name in state and state[name].ndim == ndim for name, ndim in needed.items()) else None
 
 
-def resize_positions(pos_embed, num_tokens, image_size):
-    """Interpolates the patch grid of a position embedding (1, N, D) to another image size; class and
-    distillation entries stay. Bicubic, which keeps the vectors' norm (paper, section 3), without corner
-    alignment or antialiasing, as the published 384 models were made."""
-    extra, grid = pos_embed[:, :num_tokens], pos_embed[:, num_tokens:]
-    side, new_side = math.isqrt(grid.shape[1]), image_size // PATCH_SIZE
-    if side == new_side:
-        return pos_embed
-    grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()            # (1, D, side, side)
-    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
-    return torch.cat((extra, grid.flatten(2).transpose(1, 2).to(extra.dtype)), dim=1)
+def fit(state, distilled, model):
+    """Makes the weights of a DeiT, `distilled` or not, fit `model`, which may have another image size and
+    a distillation token where they have none, or none where they have one.
+
+    The patches' positions are interpolated, bicubic, which keeps the vectors' norm (paper, section 3),
+    without corner alignment or antialiasing, as the published 384 models were made. Distillation token,
+    its position and its head are left out, or are the model's fresh ones.
+    """
+    fresh, num_tokens, parts = model.state_dict(), 2 if distilled else 1, ("dist_token", "head_dist.")
+    tokens, grid = state["pos_embed"][:, :num_tokens], state["pos_embed"][:, num_tokens:]
+    side, new_side = math.isqrt(grid.shape[1]), model.image_size // PATCH_SIZE
+    if side != new_side:
+        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()        # (1, D, side, side)
+        grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
+        grid = grid.flatten(2).transpose(1, 2).to(tokens.dtype)                   # (1, patches, D)
+    if distilled != model.distilled:
+        tokens = torch.cat((tokens[:, :1], fresh["pos_embed"][:, 1:len(model.tokens)]), dim=1)
+        state = {name: value for name, value in state.items() if not name.startswith(parts)}
+        state |= {name: value for name, value in fresh.items() if name.startswith(parts)}
+    return state | {"pos_embed": torch.cat((tokens, grid), dim=1)}
 
 
 def describe_keys(checkpoint):
@@ -412,20 +421,6 @@ def check_architecture(state, source):
     return size, distilled, side * PATCH_SIZE, len(head)
 
 
-def with_tokens(state, model, distilled):
-    """The state of a distilled or plain DeiT made to fit a plain or distilled `model`: its distillation
-    token, that token's position and its head are left out, or are the model's fresh ones."""
-    if distilled and not model.distilled:
-        state = {name: value for name, value in state.items()
-                 if not name.startswith(("dist_token", "head_dist."))}
-        state["pos_embed"] = torch.cat((state["pos_embed"][:, :1], state["pos_embed"][:, 2:]), dim=1)
-    elif model.distilled and not distilled:
-        fresh, positions = model.state_dict(), state["pos_embed"]
-        state = state | {name: fresh[name] for name in ("dist_token", "head_dist.weight", "head_dist.bias")}
-        state["pos_embed"] = torch.cat((positions[:, :1], fresh["pos_embed"][:, 1:2], positions[:, 1:]), dim=1)
-    return state
-
-
 def load_model(source, *, image_size=None, num_classes=None, classes=None, distilled=None, drop_path=0.0,
                ema=False, checkpoint=None):
     """A DeiT from a path, an https URL or a published name; in evaluation mode.
@@ -448,13 +443,12 @@ def load_model(source, *, image_size=None, num_classes=None, classes=None, disti
     model = create_model(size, distilled=was_distilled if distilled is None else distilled, drop_path=drop_path,
                          image_size=file_image_size if image_size is None else image_size,
                          num_classes=file_classes if num_classes is None else num_classes)
-    state["pos_embed"] = resize_positions(state["pos_embed"], 2 if was_distilled else 1, model.image_size)
-    state, changes = with_tokens(state, model, was_distilled), []
+    state, changes = fit(state, was_distilled, model), []
     if model.distilled != was_distilled:
         changes.append("fresh distillation token and head" if model.distilled else
                        "without its distillation token and head")
     known = checkpoint.get("classes")
-    if model.num_classes != file_classes or classes and known and list(known) != list(classes):
+    if model.num_classes != file_classes or classes and isinstance(known, list) and known != list(classes):
         changes.append(f"fresh head for {model.num_classes} classes in place of the file's {file_classes}")
         state |= {name: value for name, value in model.state_dict().items() if name.startswith("head")}
     if changes and os.environ.get("RANK", "0") == "0":              # under torchrun once, not per process

@@ -15,6 +15,7 @@ float32, and counted in integers, so they do not depend on the number of process
 import argparse
 import collections
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -35,7 +36,7 @@ import deit
 import teacher
 
 BATCH_SIZE = 64
-# points: the same weights differ by up to 0.146 top-5 between official and timm's published tables
+# points: at 224 the same weights differ by up to 0.146 top-5 between official and timm's published tables
 NOISE = 0.15
 TIMEOUT = timedelta(minutes=30)                                  # how long a process waits for the others
 
@@ -201,7 +202,7 @@ def predictions(model, loader, device, columns=None, progress=False):
 
     Every batch is filled up to the loader's batch size before the model sees it, since the arithmetic of
     a matrix product may depend on its shape: an image gets the same logits in whichever batch it comes.
-    A compiled model runs as it was before, for the same numbers as this script gives.
+    A compiled model runs uncompiled, for the same numbers as this script gives.
     """
     was_training = model.training
     model.eval()
@@ -230,18 +231,14 @@ def evaluate(model, loader, device, *, columns=None, opinions=None, progress=Fal
     another order; the model's other classes then do not take part. `opinions` are a teacher's decisions
     to compare with.
     """
-    sums, start = {}, 0
-    for heads, labels in predictions(model, loader, device, columns, progress):
-        theirs = None if opinions is None else opinions[start:start + len(labels)]
-        start += len(labels)
-        for head, logits in heads.items():
-            sums[head] = sums.get(head, 0) + count(logits, labels, theirs)
     names = ("class", "distillation", "mean") if getattr(model, "distilled", False) else ("mean",)
-    nothing = torch.zeros(len(Score._fields), dtype=torch.int64, device=device)
-    totals = torch.stack([sums.get(name, nothing) for name in names])
+    sums = torch.zeros(len(names), len(Score._fields), dtype=torch.int64, device=device)
+    theirs = itertools.repeat(None) if opinions is None else opinions.split(loader.batch_size)
+    for (heads, labels), decided in zip(predictions(model, loader, device, columns, progress), theirs):
+        sums += torch.stack([count(heads[name], labels, decided) for name in names])
     if dist.is_initialized():
-        dist.all_reduce(totals)
-    return {name: Score(*row) for name, row in zip(names, totals.tolist())}
+        dist.all_reduce(sums)
+    return {name: Score(*row) for name, row in zip(names, sums.tolist())}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -269,7 +266,7 @@ def load_any(source, *, image_size=None, ema=False):
         model = teacher.load_regnet(
             source, checkpoint=content | {"model": content["model_ema"]} if ema else content)
         recipe = content.get("recipe")
-        image_size = image_size or (recipe["image_size"] if isinstance(recipe, dict) else 224)
+        image_size = image_size or (recipe.get("image_size", 224) if isinstance(recipe, dict) else 224)
         num_classes = model.fc.out_features
     else:
         model = deit.load_model(source, checkpoint=checkpoint, image_size=image_size, ema=ema)
@@ -350,11 +347,10 @@ def imagenet_notes(split, loaded):
 def verdict(weights, image_size, crop_ratio, score):
     """How a result compares with the published one; None if the weights (by name or file
     name) are not published."""
-    names = [name for name, published in deit.PUBLISHED.items()
-             if weights == name or os.path.basename(weights) == published.file]
-    if not names:
+    published = next((known for name, known in deit.PUBLISHED.items()
+                      if weights == name or os.path.basename(weights) == known.file), None)
+    if published is None:
         return None
-    published = deit.PUBLISHED[names[0]]
     differences = score.top1 - published.top1, score.top5 - published.top5
     judgement = (f"not comparable, these are {score.images:,} images and not 50,000"
                  if score.images != 50_000 else
@@ -420,9 +416,8 @@ def describe_pictures(loaded, paths, device, crop_ratio, attention):
     for path in paths:
         image = data.normalize(transform(data.read_rgb(path))[None].to(device))
         probabilities = predict(loaded.model, image)["mean"].softmax(dim=1)[0]
-        top = probabilities.topk(min(5, loaded.num_classes))
-        print(path, *(f"  {100 * value:6.2f} %  {names[label]}"
-                      for value, label in zip(*map(torch.Tensor.tolist, top))), sep="\n")
+        values, labels = probabilities.topk(min(5, loaded.num_classes))
+        print(path, *(f"  {100 * value:6.2f} %  {names[label]}" for value, label in zip(values, labels)), sep="\n")
         if attention:
             figures.append({title: pictures.cpu()
                             for title, pictures in attention_columns(loaded.model, image).items()})
@@ -479,39 +474,34 @@ def parse_flags():
     return args
 
 
-def score(args, loaded, guide, split, place):
-    """Evaluates, against the decisions of the teacher `guide` if there is one, and prints, on the first
-    process."""
-    columns = match_classes(split.classes, loaded, args.reference)
-    workers = data.usable_cpus() // place.local_world_size if args.workers is None else args.workers
-    if place.rank == 0:
-        parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-        print(f"{args.weights}: {parameters:,} parameters, {loaded.num_classes} classes, "
-              f"image size {loaded.image_size}")
-        print(f"{args.data}: {len(split.images):,} images{data.describe_ignored(split)}; "
-              f"short side to {data.short_side(loaded.image_size, args.crop_ratio)}, "
-              f"bicubic, centre {loaded.image_size} x {loaded.image_size}")
-        if columns and len(columns) < loaded.num_classes:
-            print(f"the data has {len(columns)} of the model's {loaded.num_classes} classes: "
-                  "matched by name, and the choice is among these only")
-        elif columns:
-            print("the data has the model's classes in another order: matched by name")
-        for note in imagenet_notes(split, loaded) if loaded.num_classes == len(split.classes) == 1000 else []:
-            print(f"note: {note}")
-    loader = data.eval_loader(split.images, loaded.image_size, crop_ratio=args.crop_ratio,
-                              batch_size=args.batch_size, workers=workers, rank=place.rank,
-                              world_size=place.world_size)
+def evaluate_folder(weights, loaded, data_name, split, place, *, columns, guide, crop_ratio, batch_size, workers):
+    """Evaluates, against the decisions of the teacher `guide` if there is one, and prints what and how it went,
+    on the first process. `columns` as match_classes gives them."""
+    say = print if place.rank == 0 else lambda line: None
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    say(f"{weights}: {parameters:,} parameters, {loaded.num_classes} classes, image size {loaded.image_size}")
+    say(f"{data_name}: {len(split.images):,} images{data.describe_ignored(split)}; short side to "
+        f"{data.short_side(loaded.image_size, crop_ratio)}, bicubic, centre {loaded.image_size} x "
+        f"{loaded.image_size}")
+    if columns and len(columns) < loaded.num_classes:
+        say(f"the data has {len(columns)} of the model's {loaded.num_classes} classes: matched by name, and "
+            "the choice is among these only")
+    elif columns:
+        say("the data has the model's classes in another order: matched by name")
+    for note in imagenet_notes(split, loaded) if loaded.num_classes == len(split.classes) == 1000 else []:
+        say(f"note: {note}")
+    loader = data.eval_loader(split.images, loaded.image_size, crop_ratio=crop_ratio, batch_size=batch_size,
+                              workers=workers, rank=place.rank, world_size=place.world_size)
     opinions = decisions(guide.to(place.device), loader, place.device, columns) if guide else None
     scores = evaluate(loaded.model.to(place.device), loader, place.device, columns=columns,
                       opinions=opinions, progress=place.rank == 0)
-    if place.rank == 0:
-        for head in scores if len(scores) > 1 or args.teacher else ():
-            agreement = f" agreement with the teacher {scores[head].agreement:.3f}" if args.teacher else ""
-            print(f"{head:<13} Acc@1 {scores[head].top1:.3f} Acc@5 {scores[head].top5:.3f} "
-                  f"loss {scores[head].loss:.3f}{agreement}")
-        if line := verdict(args.weights, loaded.image_size, args.crop_ratio, scores["mean"]):
-            print(line)
-        print("* Acc@1 {0.top1:.3f} Acc@5 {0.top5:.3f} loss {0.loss:.3f}".format(scores["mean"]))
+    for head in scores if len(scores) > 1 or guide else ():
+        agreement = f" agreement with the teacher {scores[head].agreement:.3f}" if guide else ""
+        say(f"{head:<13} Acc@1 {scores[head].top1:.3f} Acc@5 {scores[head].top5:.3f} "
+            f"loss {scores[head].loss:.3f}{agreement}")
+    if line := verdict(weights, loaded.image_size, crop_ratio, scores["mean"]):
+        say(line)
+    say("* Acc@1 {0.top1:.3f} Acc@5 {0.top5:.3f} loss {0.loss:.3f}".format(scores["mean"]))
 
 
 def main():
@@ -524,7 +514,10 @@ def main():
             guide = (teacher.load_teacher(args.teacher, loaded.num_classes, loaded.classes)
                      if args.teacher else None)
         if args.data:
-            score(args, loaded, guide, split, place)
+            workers = data.usable_cpus() // place.local_world_size if args.workers is None else args.workers
+            evaluate_folder(args.weights, loaded, args.data, split, place, guide=guide, workers=workers,
+                            columns=match_classes(split.classes, loaded, args.reference),
+                            crop_ratio=args.crop_ratio, batch_size=args.batch_size)
         elif place.rank == 0:
             loaded.model.to(place.device)
             describe_pictures(loaded, args.image, place.device, args.crop_ratio, args.attention)

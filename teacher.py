@@ -65,9 +65,9 @@ def create_regnet(name, num_classes=1000):
     return models.get_model(name, weights=None, num_classes=num_classes).to(memory_format=torch.channels_last)
 
 
-def name_of(model):
-    """The name of a torchvision RegNet."""
-    return next(name for name, width in REGNETS.items() if width == model.fc.in_features)
+def name_of(width):
+    """The torchvision RegNet whose features have that width; None if there is none."""
+    return next((name for name, known in REGNETS.items() if known == width), None)
 
 
 def weights_url(source):
@@ -132,8 +132,7 @@ def load_regnet(source, *, num_classes=None, classes=None, checkpoint=None):
     """
     checkpoint = read_weights(source) if checkpoint is None else checkpoint
     state = find_weights(checkpoint)
-    name = state and next((name for name, width in REGNETS.items()
-                           if width == state["fc.weight"].shape[1]), None)
+    name = state and name_of(state["fc.weight"].shape[1])
     if name is None:
         keys = (", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else
                 type(checkpoint).__name__)
@@ -141,7 +140,8 @@ def load_regnet(source, *, num_classes=None, classes=None, checkpoint=None):
                          f"fc.weight (or timm's names for them), found {keys}")
     model = create_regnet(name, num_classes or len(state["fc.weight"]))
     known = checkpoint.get("classes")
-    if model.fc.out_features != len(state["fc.weight"]) or classes and known and list(known) != list(classes):
+    other = classes and isinstance(known, list) and known != list(classes)
+    if other or model.fc.out_features != len(state["fc.weight"]):
         if os.environ.get("RANK", "0") == "0":                         # under torchrun once, not per process
             print(f"{source}: fresh classifier for {model.fc.out_features} classes in place of the file's "
                   f"{len(state['fc.weight'])}")
@@ -179,7 +179,7 @@ def load_teacher(source="official", num_classes=1000, classes=None):
         raise ValueError(f"teacher {source} knows {model.fc.out_features} classes and the data has "
                          f"{num_classes}; {advice}")
     known = checkpoint.get("classes")
-    if classes and known and list(known) != list(classes):
+    if classes and isinstance(known, list) and known != list(classes):
         pair = next((a, b) for a, b in zip(known, classes) if a != b)
         raise ValueError(f"teacher {source} knows other classes: where it has {pair[0]!r}, the data has "
                          f"{pair[1]!r}; {advice}")
@@ -197,14 +197,16 @@ def main():
         checkpoint = read_weights(args.source)
         model = load_regnet(args.source, checkpoint=checkpoint)
         state = model.state_dict()
-        names = "timm" if "stem.conv.weight" in checkpoint.get("model", checkpoint) else "torchvision"
+        parts = [checkpoint, *(part for part in checkpoint.values() if isinstance(part, dict))]
+        is_timm = any(str(key).endswith("stem.conv.weight") for part in parts for key in part)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{args.source}: {name_of(model)}, {model.fc.out_features} classes, {parameters:,} parameters, "
-              f"{names}'s names")
+        print(f"{args.source}: {name_of(model.fc.in_features)}, {model.fc.out_features} classes, "
+              f"{parameters:,} parameters, {'timm' if is_timm else 'torchvision'}'s names")
         if args.output:
             with open(args.output, "wb") as file:
                 torch.save(state, file)
-            print(f"{args.output}: {len(state)} tensors under torchvision's names")
+            print(f"{args.output}: {len(state)} tensors under torchvision's names"
+                  f"{', without the names of its classes' if checkpoint.get('classes') else ''}")
     except (OSError, ValueError) as error:
         sys.exit(f"teacher.py: {error}")
 

@@ -65,7 +65,7 @@ class Recipe:
     distill: str = flag(None, "learn from a teacher as well; hard (equation 3) or soft (equation 2)")
     data: str = flag(None, f"folder with train/ and val/, or {', '.join(data.NAMED)}; default ./imagenet, else demo")
     teacher: str = flag("official", "the paper's RegNetY-16GF, a torchvision RegNet's name, a file or a URL")
-    any_teacher: bool = flag(False, "also one that is no better than chance on the validation images")
+    any_teacher: bool = flag(False, "accept a teacher no better than chance on the validation images")
     init: str = flag(None, "weights to start from: a file, a URL or a name, such as base or official (RegNets)")
     recipe: str = flag(None, "another set of values than the paper's for ImageNet; typed flags win over it")
     image_size: int = flag(224, "pixels, a multiple of 16", 1)
@@ -87,9 +87,9 @@ class Recipe:
     mixup: float = flag(0.8, "alpha of Beta(alpha, alpha); 0 turns it off", 0)
     cutmix: float = flag(1.0, "alpha of Beta(alpha, alpha); 0 turns it off", 0)
     mix_group: int = flag(
-        None, "most images that share one lambda; default as the official runs: 64 base, 256 others", 2)
+        None, "images that share one lambda, at most; default as the official runs: 64 base, 256 others", 2)
     alpha: float = flag(None, "weight of the distillation term; default the paper's: 0.5 hard, 0.1 soft", 0, 1)
-    temperature: float = flag(3.0, "of soft distillation", 1e-3)
+    temperature: float = flag(3.0, "softens both models' logits in soft distillation", 1e-3)
     ema: float = flag(0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none (the paper's "
                            "default)", 0, 1 - 1e-9)
     precision: str = flag("auto", "bf16, fp16 or fp32; auto is bf16 on GPUs that have it, else fp32")
@@ -153,12 +153,12 @@ def listing(values):
                      for name, value in values.items())
 
 
-CHOICES = {"precision": ("auto", "bf16", "fp16", "fp32"), "optimizer": ("adamw", "sgd"),
+CHOICES = {"distill": ("hard", "soft"), "precision": ("auto", "bf16", "fp16", "fp32"), "optimizer": ("adamw", "sgd"),
            "recipe": tuple(PRESETS)}
 
 
 def parse_recipe():
-    """The flags as typed, as a dict: nothing in it was not typed."""
+    """The flags that were typed, as a dict."""
     presets = "\n".join(f"  {name}: {preset.source}\n      {listing(preset.values)}"
                         for name, preset in PRESETS.items())
     parser = OneLineParser(description="Trains a DeiT, or a RegNet to teach one.", allow_abbrev=False,
@@ -166,18 +166,13 @@ def parse_recipe():
                            formatter_class=argparse.RawDescriptionHelpFormatter,
                            argument_default=argparse.SUPPRESS)
     for item in fields(Recipe):
-        name, shown = option(item.name), item.metadata["help"]
-        if item.default not in (None, False):
-            shown += (f" (default {item.default:g})" if isinstance(item.default, float) else
-                      f" (default {item.default})")
-        if item.name == "distill":
-            parser.add_argument(name, nargs="?", const="hard", choices=["hard", "soft"], help=shown)
-        elif item.name in CHOICES:
-            parser.add_argument(name, choices=CHOICES[item.name], help=shown)
-        elif item.type is bool:
-            parser.add_argument(name, action="store_true", help=shown)
-        else:
-            parser.add_argument(name, type=item.type, metavar=item.type.__name__.upper(), help=shown)
+        how = ({"action": "store_true"} if item.type is bool else
+               {"choices": CHOICES[item.name]} if item.name in CHOICES else
+               {"type": item.type, "metavar": item.type.__name__.upper()})
+        if item.name == "distill":                                   # alone it means hard
+            how |= {"nargs": "?", "const": "hard"}
+        shown = "" if item.default is None or item.default is False else f" (default {item.default})"
+        parser.add_argument(option(item.name), help=item.metadata["help"] + shown, **how)
     return vars(parser.parse_args())
 
 
@@ -251,11 +246,25 @@ class Student(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
+class Run(NamedTuple):
+    """A run ready to go: what learns, from whom, on what."""
+    recipe: Recipe
+    student: Student
+    teacher: nn.Module
+    train_split: data.Split
+    val_split: data.Split
+    sampler: data.RepeatedAugSampler
+    loader: torch.utils.data.DataLoader
+    val_loader: torch.utils.data.DataLoader
+    workers: int
+
+
 def train_epoch(run, place, epoch, progress):
     """One epoch, or what the sampler left of it. Yields the number of steps done
     whenever it is time to save."""
     recipe, student, sampler = run.recipe, run.student, run.sampler
-    # iter draws a random number: before the first step's seed
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)            # fp32: None
+    # iter() draws from torch's generator: before the first step seeds it
     batches = data.to_device(iter(run.loader), place.device)
     student.joined.train()
     for step in range(sampler.first_step, sampler.steps):
@@ -270,7 +279,7 @@ def train_epoch(run, place, epoch, progress):
                                        mixup=recipe.mixup, cutmix=recipe.cutmix, group=recipe.mix_group)
             progress.see_images(images)
             with gradients_joined(student, part == recipe.accum_steps - 1):
-                with autocast(recipe.precision, place):
+                with torch.autocast(place.device.type, dtype, enabled=dtype is not None):
                     teacher_logits = ask(run.teacher, images)
                     terms = objective(student.joined(images), targets, teacher_logits, recipe)
                 student.scaler.scale(terms[0] / recipe.accum_steps).backward()
@@ -300,11 +309,6 @@ def objective(outputs, targets, teacher_logits, recipe):
     return distill.distillation_loss(*outputs, targets, teacher_logits, kind=recipe.distill,
                                      alpha=recipe.alpha, temperature=recipe.temperature,
                                      label_smoothing=recipe.label_smoothing)
-
-
-def autocast(precision, place):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(place.device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def gradients_joined(student, last):
@@ -344,7 +348,7 @@ class Progress:
         return batch
 
     def see_images(self, images):
-        if self.display:
+        if self.display and not self.display.shown:
             self.display.first_batch(images)
 
     def add(self, terms):
@@ -364,17 +368,17 @@ class Progress:
         if (step + 1) % self.every and step + 1 < self.steps:
             return False
         due = self.place.rank == 0 and time.monotonic() - self.saved > 60 * CHECKPOINT_MINUTES
-        wishes = torch.tensor([float(self.signal > 0), float(due)], device=self.place.device)
-        exchange = torch.cat((self.sums / self.place.world_size, self.norm[None] / self.place.world_size,
-                              wishes))
+        own = torch.cat((self.sums, self.norm[None], self.sums.new_tensor([self.signal > 0, due])))
+        ranks = [own.clone() for _ in range(self.place.world_size)]
         if self.place.world_size > 1:
-            dist.all_reduce(exchange)
-        *sums, norm, stop, due = exchange.tolist()
-        self.check_finite(epoch, step, lr, sums, norm, scaler)
-        self.epoch_sums += torch.tensor(sums, dtype=torch.float64)
+            dist.all_gather(ranks, own)
+        table = torch.stack(ranks).double().cpu()                                 # (ranks, terms + 3)
+        sums, (norm, stop, due) = table[:, :-3].mean(dim=0), table[:, -3:].amax(dim=0).tolist()
+        self.check_finite(epoch, step, lr, table[:, 0].tolist(), norm, scaler)
+        self.epoch_sums += sums
         if self.display:
             count, seconds = self.steps_since, time.monotonic() - self.since
-            means = {name: total / count for name, total in zip(self.terms, sums)}
+            means = dict(zip(self.terms, (sums / count).tolist()))
             self.display.steps(epoch, step + 1, count, means | {
                 "lr": lr, "gradient_norm": norm, "data_wait_share": self.waited / seconds,
                 "images_per_second": self.recipe.batch_size * count / seconds})
@@ -385,28 +389,23 @@ class Progress:
         # the end of an epoch is saved in any case
         return (self.stopping or due > 0) and step + 1 < self.steps
 
-    def check_finite(self, epoch, step, lr, sums, norm, scaler):
-        """Ends the run if the loss or gradient of any rank is not finite: those whose own loss it was say
-        so, or the first, if it was the gradient."""
+    def check_finite(self, epoch, step, lr, losses, norm, scaler):
+        """Ends the run if the loss of any rank, or the gradient, is not finite."""
+        lost = [(rank, loss) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         # under fp16 a step with an overflow is skipped and the loss scale halved: as it should, down to 1
-        healthy = math.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() >= 1
-        losses_finite = all(map(math.isfinite, sums))
-        if healthy and losses_finite:
+        if not lost and (math.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() >= 1):
             return
-        own = self.sums.tolist()
+        what = "rank {}: the loss became {}".format(*lost[0]) if lost else "the gradient is not finite"
         scale = f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
-        what = (f"the loss became {own[0]}" if not all(map(math.isfinite, own)) else
-                "the gradient is not finite" if self.place.rank == 0 and losses_finite else None)
-        self.end_diverged(what, f"between steps {step + 1 - self.steps_since} and {step} of epoch {epoch} "
-                                f"(learning rate {lr:.3g}, gradient norm {norm:.3g}{scale})")
+        self.end_diverged(f"{what} between steps {step + 1 - self.steps_since} and {step} of epoch {epoch} "
+                          f"(learning rate {lr:.3g}, gradient norm {norm:.3g}{scale})")
 
-    def end_diverged(self, what, where):
-        """Ends the run on all ranks together; those that have something to say, say it."""
+    def end_diverged(self, what):
+        """Ends the run on all ranks together, and the first says why."""
         if self.display:
             self.display.bar.close()
-        if what:
-            print(f"train.py: rank {self.place.rank}: {what} {where}; {self.folder / 'last.pth'} is from "
-                  "before it. Try a lower --lr, or --precision fp32", file=sys.stderr, flush=True)
+            print(f"train.py: {what}; {self.folder / 'last.pth'} is from before it. Try a lower --lr, or "
+                  "--precision fp32", file=sys.stderr, flush=True)
         if self.place.world_size > 1:
             dist.barrier()
         sys.exit(1)
@@ -433,22 +432,25 @@ class Display:
                         mininterval=0.1 if sys.stderr.isatty() else 30)  # a log file gets a line now and then
         self.writer = SummaryWriter(folder, purge_step=step + 1)
 
-    def chart(self, group, values, step):
-        """Scalars for TensorBoard; if they cannot be written, the run goes on without."""
+    def write(self, method, *arguments):
+        """Calls a method of TensorBoard's writer; if that fails, the run goes on without it."""
         try:
-            for name, value in values.items() if self.writer else ():
-                self.writer.add_scalar(f"{group}/{name}", value, step)
+            if self.writer:
+                getattr(self.writer, method)(*arguments)
         except OSError as error:
             self.writer = None
             self.bar.write(f"note     no more TensorBoard events in {self.folder}: {error}")
 
+    def chart(self, group, values, step):
+        for name, value in values.items():
+            self.write("add_scalar", f"{group}/{name}", value, step)
+
     def first_batch(self, images):
-        """A contact sheet of the run's first batch in TensorBoard, as the model sees it."""
-        if self.writer and not self.shown:
-            mean, std = data.mean_and_std(images.device)
-            sheet = torchvision.utils.make_grid((images[:64] * std + mean).clamp(0, 1).cpu(), nrow=8)
-            self.writer.add_image("first batch", sheet, self.bar.n)
-            self.shown = True
+        """A contact sheet of the run's first batch, as the model sees it."""
+        mean, std = data.mean_and_std(images.device)
+        sheet = torchvision.utils.make_grid((images[:64] * std + mean).clamp(0, 1).cpu(), nrow=8)
+        self.write("add_image", "first batch", sheet, self.bar.n)
+        self.shown = True
 
     def steps(self, epoch, step, count, values):
         self.chart("train", values, epoch * self.epoch_steps + step)
@@ -468,8 +470,7 @@ class Display:
 
     def close(self):
         self.bar.close()
-        with contextlib.suppress(OSError):
-            self.writer and self.writer.close()
+        self.write("close")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -489,8 +490,7 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as error:                       # torch reports a full disk as RuntimeError
         beside.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "the disk is full, or a limit reached"
-        raise OSError(f"cannot write {path} ({reason}); make room and go on with --resume "
-                      f"--output {path.parent}") from None
+        raise OSError(f"cannot write {path} ({reason}): make room, then go on with --resume") from None
 
 
 def save(content, path):
@@ -543,22 +543,20 @@ def restore(student, checkpoint, folder):
 def build_model(recipe, classes):
     """The model with fresh weights, or those of --init. Raises ValueError where these are of another kind."""
     torch.manual_seed(recipe.seed)
-    if recipe.model in teacher.REGNETS:
+    if recipe.model in deit.SIZES:
+        shape = {"distilled": bool(recipe.distill), "image_size": recipe.image_size, "num_classes": len(classes),
+                 "drop_path": recipe.drop_path}
+        if not recipe.init:
+            return deit.create_model(recipe.model, **shape)
+        model = deit.load_model(recipe.init, classes=classes, **shape)
+        found = next(size for size, (dim, _) in deit.SIZES.items() if dim == model.pos_embed.shape[2])
+    else:
         if not recipe.init:
             return teacher.create_regnet(recipe.model, len(classes))
         model = teacher.load_regnet(recipe.init, num_classes=len(classes), classes=classes)
-        if model.fc.in_features != teacher.REGNETS[recipe.model]:
-            raise ValueError(f"--init {recipe.init} is a {teacher.name_of(model)}: "
-                             f"--model {teacher.name_of(model)}")
-        return model
-    if not recipe.init:
-        return deit.create_model(recipe.model, distilled=bool(recipe.distill), image_size=recipe.image_size,
-                                 num_classes=len(classes), drop_path=recipe.drop_path)
-    model = deit.load_model(recipe.init, image_size=recipe.image_size, num_classes=len(classes),
-                            classes=classes, distilled=bool(recipe.distill), drop_path=recipe.drop_path)
-    size = next(size for size, (dim, _) in deit.SIZES.items() if dim == model.pos_embed.shape[2])
-    if size != recipe.model:
-        raise ValueError(f"--init {recipe.init} is a {size} model: --model {size}")
+        found = teacher.name_of(model.fc.in_features)
+    if found != recipe.model:
+        raise ValueError(f"--init {recipe.init} is a {found} model: --model {found}")
     return model
 
 
@@ -601,16 +599,6 @@ def split_batch(recipe, place):
         raise ValueError(f"--batch-size {recipe.batch_size} in {parts} part(s): batch norm needs 2 images or "
                          f"more in each, --batch-size {2 * parts}")
     return recipe.batch_size // parts
-
-
-def measure_teacher(run, place):
-    """Its Score on 256 validation images or so, spread over all classes: a random head or foreign
-    classes show at once."""
-    images = run.val_split.images
-    loader = data.eval_loader(images, run.recipe.image_size, batch_size=BATCH_SIZE, workers=run.workers,
-                              rank=place.rank, world_size=place.world_size,
-                              subset=range(0, len(images), max(1, len(images) // 256)))
-    return evaluate(run.teacher, loader, place.device)["mean"]
 
 
 def check_teacher(score, num_classes, source, image_size):
@@ -662,12 +650,9 @@ def notes(recipe):
 
 def banner(run, place, folder, teacher_score, remarks):
     """What is about to happen, in a few lines to check before leaving it alone."""
-    recipe, sampler = run.recipe, run.sampler
-    values, preset = asdict(recipe), PRESETS.get(recipe.recipe)
-    kept = {name: value for name, value in preset.values.items() if values[name] == value} if preset else {}
-    typed = {name: values[name] for name in preset.values if name not in kept} if preset else {}
-    demo = {name: values[name] for name, value in asdict(Recipe()).items() if name in DEMO | DEMO_TEACHER
-            and recipe.data == "demo" and name not in {"data", "model", *kept} and values[name] != value}
+    recipe, sampler, preset = run.recipe, run.sampler, PRESETS.get(run.recipe.recipe)
+    changed = {name: value for name, value in asdict(recipe).items() if value != getattr(Recipe, name) and (
+        name == "optimizer" or type(getattr(Recipe, name)) in (int, float) and name not in ("seed", "accum_steps"))}
     parameters = sum(parameter.numel() for parameter in run.student.model.parameters())
     where = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
     lines = {
@@ -675,9 +660,8 @@ def banner(run, place, folder, teacher_score, remarks):
         "data": f"{recipe.data}: {len(run.train_split.images):,} training and "
                 f"{len(run.val_split.images):,} validation images, {len(run.train_split.classes):,} classes"
                 f"{data.describe_ignored(run.train_split, run.val_split)}",
-        "recipe": preset and f"{recipe.recipe}: {listing(kept)} ({preset.source})"
-                             + (f"; but typed: {listing(typed)}" if typed else ""),
-        "demo": demo and f"in place of the paper's values: {listing(demo)}",
+        "recipe": preset and f"{recipe.recipe}: {preset.source}",
+        "changed": changed and f"in place of the paper's values: {listing(changed)}",
         "epoch": f"{sampler.distinct_images:,} distinct images, {recipe.repeats} view(s) of each; "
                  f"{sampler.steps:,} steps, {recipe.epochs * sampler.steps:,} in {recipe.epochs} epochs",
         "batch": f"{recipe.batch_size:,} = {place.world_size} process(es) x {recipe.accum_steps} part(s) x "
@@ -698,42 +682,19 @@ def banner(run, place, folder, teacher_score, remarks):
 
 
 def validate(student, loader, place, opinions):
-    """{head: Score} of the raw weights, and with ema_ before the head's name those of the averaged ones;
-    `opinions` are the teacher's decisions, or None."""
-    if dist.is_initialized():
-        average = student.average.module.buffers() if student.average else ()
-        for buffer in (*student.model.buffers(), *average):            # batch statistics are the first rank's
+    """What log.jsonl says of the raw weights, and with ema_ before it of the averaged ones: top1, top5 and
+    loss of each head, and with `opinions`, the teacher's decisions, how often it agrees."""
+    record = {}
+    for prefix, model in {"": student.model, "ema_": student.average and student.average.module}.items():
+        if model is None:
+            continue
+        for buffer in model.buffers() if dist.is_initialized() else ():   # batch statistics are the first rank's
             dist.broadcast(buffer, 0)
-    scores = evaluate(student.model, loader, place.device, opinions=opinions)
-    if student.average:
-        averaged = evaluate(student.average.module, loader, place.device, opinions=opinions)
-        scores |= {f"ema_{head}": score for head, score in averaged.items()}
-    return scores
-
-
-def describe_epoch(epoch, recipe, steps, terms, scores):
-    """One line of log.jsonl. Nothing in it depends on the machine's speed, so equal runs have equal logs."""
-    record = {"epoch": epoch, "step": (epoch + 1) * steps,
-              "lr": learning_rate(recipe, epoch + (steps - 1) / steps)}
-    record |= {f"train_{name}": value for name, value in terms.items()}
-    for head, score in scores.items():
-        prefix = head.replace("mean", "").rstrip("_")
-        for name in ("top1", "top5", "loss", *(["agreement"] if recipe.distill else [])):
-            record[f"{prefix}_{name}".lstrip("_")] = getattr(score, name)
+        for head, score in evaluate(model, loader, place.device, opinions=opinions).items():
+            head = "" if head == "mean" else f"{head}_"
+            for name in ("top1", "top5", "loss") if opinions is None else ("top1", "top5", "loss", "agreement"):
+                record[f"{prefix}{head}{name}"] = getattr(score, name)
     return record
-
-
-class Run(NamedTuple):
-    """A run ready to go: what learns, from whom, on what."""
-    recipe: Recipe
-    student: Student
-    teacher: nn.Module
-    train_split: data.Split
-    val_split: data.Split
-    sampler: data.RepeatedAugSampler
-    loader: torch.utils.data.DataLoader
-    val_loader: torch.utils.data.DataLoader
-    workers: int
 
 
 def prepare(recipe, place, resuming):
@@ -766,16 +727,21 @@ def with_teacher(run, place):
         model = teacher.load_teacher(recipe.teacher, len(classes), classes).to(place.device)
     if recipe.compile:
         model.compile()
-    run = run._replace(teacher=model)
-    score = measure_teacher(run, place)
+    # 256 validation images or so, spread over all classes: a random head or foreign classes show at once
+    number = len(run.val_split.images)
+    some = torch.utils.data.Subset(run.val_split.images, range(0, number, max(1, number // 256)))
+    loader = data.eval_loader(some, recipe.image_size, batch_size=BATCH_SIZE, workers=run.workers,
+                              rank=place.rank, world_size=place.world_size)
+    score = evaluate(model, loader, place.device)["mean"]
     if not recipe.any_teacher:
         check_teacher(score, len(classes), recipe.teacher, recipe.image_size)
-    return run, score
+    return run._replace(teacher=model), score
 
 
 def make_demo_teacher(recipe, place, folder):
     """Trains the demo's teacher by the same loop, or goes on with it; returns its file."""
     changes = {name: getattr(recipe, name) for name in ("seed", "workers", "precision")}
+    changes["output"] = str(run_folder(recipe))                     # where to --resume, also from within the teacher
     changes["batch_size"] = math.ceil(DEMO_TEACHER["batch_size"] / place.world_size) * place.world_size
     if place.rank == 0:
         print("first a teacher for the demo's classes:", flush=True)
@@ -788,26 +754,24 @@ def make_demo_teacher(recipe, place, folder):
 
 
 @contextlib.contextmanager
-def held(folder, place):
+def held(folder):
     """Makes the folder and keeps it for this run until it ends. Raises ValueError if another process trains
-    in it."""
-    handle = None
-    if place.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise ValueError(f"another process is training in {folder}: wait for it, stop it, or choose "
-                             "another --output") from None
-        except OSError:                                              # a file system without locks
-            pass
+    in it. A run that could not start leaves no folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is training in {folder}: wait for it, stop it, or choose "
+                         "another --output") from None
+    except OSError:                                                  # a file system without locks
+        pass
     try:
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
+        with contextlib.suppress(OSError):                           # if it is empty, nothing was started
+            folder.rmdir()
 
 
 def check_same_data(checkpoint, run):
@@ -821,10 +785,10 @@ def check_same_data(checkpoint, run):
 
 def check_same_step(step, place):
     """Raises ValueError unless all processes have read the same checkpoint."""
-    steps = torch.tensor([step, -step], device=place.device)
+    steps = [step] * place.world_size
     if place.world_size > 1:
-        dist.all_reduce(steps, dist.ReduceOp.MAX)
-    if steps[0] != -steps[1]:
+        dist.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
         raise ValueError("the processes see different checkpoints: --output must be a folder that all "
                          "machines share")
 
@@ -855,8 +819,8 @@ def train(recipe, place, folder, checkpoint=None):
                 remarks += resume_notes(run, checkpoint, place)
                 state = checkpoint["state"] | {"parts": state["parts"]}
             check_same_step(state["step"], place)
-            stack.enter_context(held(folder, place))
             if place.rank == 0:
+                stack.enter_context(held(folder))
                 check_room(run, folder)
             score = None
             if recipe.distill:
@@ -877,10 +841,10 @@ def run_epochs(run, place, folder, state):
     recipe, student, sampler = run.recipe, run.student, run.sampler
     progress = Progress(place, recipe, folder, sampler.steps, state)
 
-    def save_run(step, epoch_sums):
+    def save_run(step):
         if not math.isfinite(nn.utils.get_total_norm(student.model.parameters())):
-            progress.end_diverged("a weight is not finite" if place.rank == 0 else None, f"after step {step}")
-        state.update(step=step, epoch_sums=epoch_sums)
+            progress.end_diverged(f"a weight is not finite after step {step}")
+        state.update(step=step, epoch_sums=progress.epoch_sums.tolist())
         if place.rank == 0:
             save_last(run, state, folder)
             progress.saved = time.monotonic()
@@ -888,21 +852,22 @@ def run_epochs(run, place, folder, state):
             leave(progress, folder)
 
     if not state["step"]:
-        save_run(0, None)                                        # from now on the folder holds a run
+        save_run(0)                                              # from now on the folder holds a run
     opinions = None                                              # the teacher's, asked for once
-    unfinished = state["epoch_sums"] is not None                 # an epoch whose end is still to be validated
-    for epoch in range((state["step"] - unfinished) // sampler.steps, recipe.epochs):
+    for epoch in range(len(state["log"]), recipe.epochs):        # the log has a record per validated epoch
         start = epoch * sampler.steps
-        sampler.set_epoch(epoch, first_step=max(0, state["step"] - start))
+        sampler.set_epoch(epoch, first_step=state["step"] - start)
         for step in train_epoch(run, place, epoch, progress):
-            save_run(start + step, progress.epoch_sums.tolist())
-        # validation takes time in which much can happen
-        save_run(start + sampler.steps, progress.epoch_sums.tolist())
+            save_run(start + step)
+        save_run(start + sampler.steps)                          # validation takes time in which much can happen
         if run.teacher and opinions is None:
             opinions = decisions(run.teacher, run.val_loader, place.device)
-        terms = dict(zip(progress.terms, (progress.epoch_sums / sampler.steps).tolist()))
-        scores = validate(student, run.val_loader, place, opinions)
-        record = describe_epoch(epoch, recipe, sampler.steps, terms, scores)
+        terms = {f"train_{name}": total / sampler.steps
+                 for name, total in zip(progress.terms, progress.epoch_sums.tolist())}
+        # nothing in it depends on the machine's speed, so equal runs have equal logs
+        record = {"epoch": epoch, "step": start + sampler.steps,
+                  "lr": learning_rate(recipe, epoch + (sampler.steps - 1) / sampler.steps)}
+        record |= terms | validate(student, run.val_loader, place, opinions)
         progress.end_epoch(record)
         state["log"].append(record)
         if place.rank == 0:
@@ -910,7 +875,7 @@ def run_epochs(run, place, folder, state):
                 save(weights_of(run) | {"record": record}, folder / "best.pth")
             save_log(state["log"], folder)
         state["best"] = max(state["best"], record["top1"])
-        save_run(start + sampler.steps, None)
+        save_run(start + sampler.steps)
     progress.close()
 
 
@@ -918,9 +883,8 @@ def leave(progress, folder):
     """Ends a run that got SIGTERM or SIGINT, after it was saved; every rank comes here in the same step."""
     progress.close()
     if progress.place.rank == 0:
-        run_folder = folder.parent if folder.name == "teacher" else folder
         print(f"stopped by a signal, saved in {folder / 'last.pth'}; to go on: the same command with "
-              f"--resume --output {shlex.quote(str(run_folder))}", flush=True)
+              f"--resume --output {shlex.quote(str(run_folder(progress.recipe)))}", flush=True)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -944,10 +908,7 @@ def read_last(folder):
     if not path.exists():
         return None
     checkpoint = deit.read_checkpoint(path)
-    parts = [checkpoint.get(name) for name in ("model", "optimizer", "scaler", "state", "recipe")
-             ] if isinstance(checkpoint, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts) or not {
-            "step", "log", "best", "epoch_sums", "images", "parts"} <= checkpoint["state"].keys():
+    if not isinstance(checkpoint, dict) or not {"optimizer", "state", "recipe", "launch"} <= checkpoint.keys():
         raise ValueError(f"{path} is not a training checkpoint of this program")
     if zipfile.ZipFile(path).testzip():                             # torch reads no checksums
         raise ValueError(f"{path} is damaged: its checksum is wrong; start anew with another --output")
@@ -984,7 +945,6 @@ def main():
     with one_line_errors("train.py", OSError, ValueError):
         recipe = make_recipe(typed)
         place, folder = join_processes(), run_folder(recipe)
-        was_there = folder.exists()
         recipe, checkpoint = find_run(typed, recipe, folder, place.restarts)
     if place.rank == 0 and recipe.data == "demo" and "data" not in typed and not checkpoint:
         print("NO --data AND NO ./imagenet HERE: training on the built-in demo, ten kinds of "
@@ -993,10 +953,8 @@ def main():
     try:
         with one_line_errors("train.py", OSError, data.BadImage):
             state = train(recipe, place, folder, checkpoint)
-    except (SystemExit, KeyboardInterrupt) as error:
-        with contextlib.suppress(OSError):
-            was_there or folder.rmdir()                            # a run that could not start leaves nothing
-        sys.exit(error.code if isinstance(error, SystemExit) else 128 + signal.SIGINT)
+    except KeyboardInterrupt:                                        # before the run handles it
+        sys.exit(128 + signal.SIGINT)
     if place.rank == 0:
         last, best = state["log"][-1], max(state["log"], key=lambda record: record["top1"])
         print(f"done: top-1 {last['top1']:.2f}, top-5 {last['top5']:.2f} after {recipe.epochs} epochs; "
