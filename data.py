@@ -41,8 +41,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def seed_from(*numbers):
-    """One 64-bit seed from several integers, none negative: the same for the same numbers, unrelated for
-    any others."""
+    """One 64-bit seed from several integers, none negative: the same for the same numbers,
+    unrelated for any others."""
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0])
 
 
@@ -59,8 +59,8 @@ def affine(image, *matrix):
 
 
 def posterize(image, bits):
-    """Keeps the highest bits of each channel. Written out since 0 bits, which is black, is
-    an error in Pillow 13."""
+    """Keeps the highest bits of each channel. Written out since 0 bits, which is black, is an
+    error in Pillow 13."""
     return image.point([value & ~(2 ** (8 - bits) - 1) for value in range(256)] * 3)
 
 
@@ -94,8 +94,8 @@ class RandAugment:
     magnitude from Normal(9, 0.5), clipped to [0, 10]. Takes and gives an RGB Pillow image; draws from
     torch's global generator.
 
-    torchvision's transform of the same name is another augmentation: other operations, no gate, other
-    strengths.
+    torchvision's transform of the same name is another augmentation: other operations, no
+    gate, other strengths.
     """
 
     def __init__(self, magnitude=9.0, std=0.5):
@@ -115,8 +115,8 @@ class RandAugment:
 
 
 def pixels_of(image):
-    """RGB Pillow image, or what this made of one, to uint8 (1, 3, H, W): channels last, as torch resizes
-    fastest."""
+    """RGB Pillow image, or what this made of one, to uint8 (1, 3, H, W): channels last, as
+    torch resizes fastest."""
     if isinstance(image, torch.Tensor):
         return image
     return torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
@@ -141,8 +141,8 @@ def train_transform(image_size, *, rand_augment=9.0):
     """RGB Pillow image, or its `pixels_of`, to a random uint8 view (3, S, S): crop, flip, RandAugment (0
     turns that off).
 
-    At 32 pixels or less the crop is the one for small images: S x S out of the image padded by 4 pixels
-    of black.
+    At 32 pixels or less the crop is the one for small images: S x S out of the image padded
+    by 4 pixels of black.
     """
     if image_size <= 32:
         crop = [v2.Resize(image_size, v2.InterpolationMode.BICUBIC), v2.RandomCrop(image_size, padding=4)]
@@ -154,14 +154,14 @@ def train_transform(image_size, *, rand_augment=9.0):
 
 
 def short_side(image_size, crop_ratio=0.875):
-    """Pixels to which the short side is resized before the centre is cut out; at 32 or
-    less nothing is cut off."""
+    """Pixels to which the short side is resized before the centre is cut out; at 32 or less
+    nothing is cut off."""
     return image_size if image_size <= 32 else int(image_size / crop_ratio)
 
 
 def eval_transform(image_size, *, crop_ratio=0.875):
-    """RGB Pillow image to the uint8 view (3, S, S) of the published numbers: short side to int(S /
-    0.875), bicubic, then the centre."""
+    """RGB Pillow image to the uint8 view (3, S, S) of the published numbers: short side to int(S / 0.875),
+    bicubic, then the centre."""
     resize = transforms.Resize(short_side(image_size, crop_ratio), transforms.InterpolationMode.BICUBIC)
     return transforms.Compose([resize, transforms.CenterCrop(image_size), transforms.PILToTensor()])
 
@@ -183,16 +183,16 @@ class RepeatedAugSampler(Sampler):
     """Each epoch draws a third of the images and takes three views of each (repeated
     augmentation, section 6).
 
-    Rank `rank` of `world_size` gets `batch_size` samples at a time. The epoch is one list of views,
-    those of an image next to each other; global batch after global batch is cut from it and dealt to the
-    ranks in pieces. So 1, 2 or 8 processes with the same global batch see the same views in every step,
-    and the views of an image share a local batch. (The official sampler gives them to different ranks;
-    without torchrun it silently repeats nothing.)
+    Rank `rank` of `world_size` gets `batch_size` samples at a time. The epoch is one list of views, those
+    of an image next to each other; global batch after global batch is cut from it and dealt to the ranks
+    in pieces. So 1, 2 or 8 processes with the same global batch see the same views in every step, and the
+    views of an image share a local batch. (The official sampler gives them to different ranks; without
+    torchrun it silently repeats nothing.)
 
-    An epoch has size // global batch optimiser steps, rounded to a number in which every drawn image
-    gets all its views (ImageNet at 1024: 1,251 steps, 427,008 images). Iterating gives this rank's image
-    indices; `batches` gives them batch by batch, with their views. `repeats=1` is plain shuffling.
-    Raises ValueError if there is not one global batch.
+    An epoch has size // global batch optimiser steps, rounded to a number in which every drawn image gets
+    all its views (ImageNet at 1024: 1,251 steps, 427,008 images). Iterating gives this rank's image
+    indices; `batches` gives them batch by batch, with their views. `repeats=1` is plain shuffling. Raises
+    ValueError if there is not one global batch.
     """
 
     def __init__(self, size, rank=0, world_size=1, *, batch_size=1, accum_steps=1, repeats=3, seed=0):
@@ -220,8 +220,8 @@ class RepeatedAugSampler(Sampler):
             yield from (index for index, _ in draws)
 
     def batches(self):
-        """Yields (epoch, [(index, view), ...]) per batch of this rank, all first views
-        before all second ones."""
+        """Yields (epoch, [(index, view), ...]) per batch of this rank, all first views before
+        all second ones."""
         generator = torch.Generator().manual_seed(seed_from(self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator)[: self.distinct_images].tolist()
         for batch in range(self.first_step * self.accum_steps, self.steps * self.accum_steps):
@@ -248,8 +248,8 @@ class Batches(Sampler):
 class TrainBatches(Dataset):
     """Turns one entry of `RepeatedAugSampler.batches` into a batch, reading and decoding each image once.
 
-    Gives images (B, 3, S, S) uint8, labels (B,), the image indices (B,), and the rectangles to erase,
-    one row each: (position in the batch, top, left, height, width).
+    Gives images (B, 3, S, S) uint8, labels (B,), the image indices (B,), and the rectangles to erase, one
+    row each: (position in the batch, top, left, height, width).
     """
 
     def __init__(self, images, image_size, *, rand_augment=9.0, erasing=0.25, seed=0):
@@ -295,9 +295,9 @@ def worker_options(workers):
 
 
 def live_and_die_with_the_run(worker):
-    """Ctrl-C and Slurm signal every process at once, but the run needs a few batches more to end its
-    step and save: a worker ignores SIGINT and obeys SIGTERM 20 seconds late. If the run was killed, so
-    is the worker: its own parent, the fork server, would keep it for ever."""
+    """Ctrl-C and Slurm signal every process at once, but the run needs a few batches more to end its step
+    and save: a worker ignores SIGINT and obeys SIGTERM 20 seconds late. If the run was killed, so is the
+    worker: its own parent, the fork server, would keep it for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(20))
     run = multiprocessing.parent_process()
@@ -305,8 +305,8 @@ def live_and_die_with_the_run(worker):
 
 
 def train_loader(images, sampler, image_size, *, rand_augment=9.0, erasing=0.25, seed=0, workers=0):
-    """Batches as TrainBatches gives them, in the order of `sampler` (call its
-    set_epoch before each epoch)."""
+    """Batches as TrainBatches gives them, in the order of `sampler` (call its set_epoch
+    before each epoch)."""
     dataset = TrainBatches(images, image_size, rand_augment=rand_augment, erasing=erasing, seed=seed)
     return DataLoader(dataset, sampler=Batches(sampler), batch_size=None, **worker_options(workers))
 
@@ -348,7 +348,7 @@ def to_device(batches, device):
             pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (pixels, labels))
         if stream:
             torch.cuda.current_stream(device).wait_stream(stream)
-            for tensor in (pixels, labels):                         # not to be freed before the step has read it
+            for tensor in (pixels, labels):                         # not to be freed before they are read
                 tensor.record_stream(torch.cuda.current_stream(device))
         yield pixels, labels, *rest
 
@@ -373,13 +373,13 @@ def erase(images, boxes):
 
 
 def mix(images, labels, indices, num_classes, *, mixup=0.8, cutmix=1.0, group=256):
-    """Mixup or CutMix, each for half of the batches: the images and their targets (B, K), which sum to
-    1, unsmoothed.
+    """Mixup or CutMix, each for half of the batches: the images and their targets (B, K),
+    which sum to 1, unsmoothed.
 
-    `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 leaves that one out. Every `group`
-    images or fewer share one choice, lambda and box, as in one process of the official runs. Each image
-    is mixed with its neighbour, which by the layout of the batch is another image; where it is not (a
-    batch of few images), the group stays as it is. What comes back is in the order of the groups.
+    `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 leaves that one out. Every `group` images
+    or fewer share one choice, lambda and box, as in one process of the official runs. Each image is mixed
+    with its neighbour, which by the layout of the batch is another image; where it is not (a batch of few
+    images), the group stays as it is. What comes back is in the order of the groups.
     """
     choices = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
     choices += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
@@ -491,8 +491,8 @@ class Demo(Dataset):
     """Ten patterns drawn by formula: 4,000 training and 1,000 validation images of 64 x 64 pixels,
     deterministic, no files.
 
-    A bright colour on a dark one, both random, at a random scale, shifted, turned a little, with pixel
-    noise.
+    A bright colour on a dark one, both random, at a random scale, shifted, turned a little,
+    with pixel noise.
     """
     classes, train_size, val_size = list(PATTERNS), 4000, 1000
 
@@ -536,9 +536,9 @@ NAMED = {
 
 
 def open_split(data, *, train):
-    """The training or validation half of `data`: a folder with train/ and val/, or a name in NAMED,
-    which torchvision downloads to ./datasets. For validation a folder of class folders will do too.
-    Raises FileNotFoundError or ValueError that name the folder and the remedy."""
+    """The training or validation half of `data`: a folder with train/ and val/, or a name in NAMED, which
+    torchvision downloads to ./datasets. For validation a folder of class folders will do too. Raises
+    FileNotFoundError or ValueError that name the folder and the remedy."""
     if data in NAMED:
         images = NAMED[data]("datasets", train)
         return Split(images, images.classes)
@@ -583,9 +583,9 @@ def open_dataset(data):
 
 
 def contact_sheet(split, image_size, *, rows=8, seed=0):
-    """A Pillow image: one row per picture, from left to right the evaluation view, three training views
-    as they reach the model before mixing, then the first view mixed with a neighbouring row by mixup and
-    by cutmix."""
+    """A Pillow image: one row per picture, from left to right the evaluation view, three
+    training views as they reach the model before mixing, then the first view mixed with a
+    neighbouring row by mixup and by cutmix."""
     spread = torch.randperm(len(split.images), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
     evaluation = torch.stack([eval_transform(image_size)(split.images[index][0]) for index in spread])
     rows, draws = len(spread), [(index, view) for view in range(3) for index in spread]
@@ -603,8 +603,8 @@ def contact_sheet(split, image_size, *, rows=8, seed=0):
 
 
 def draw_grid(columns, titles, names):
-    """Columns of normalised images (rows, 3, S, S) as one picture with titles above and
-    class names at the left."""
+    """Columns of normalised images (rows, 3, S, S) as one picture with titles above and class
+    names at the left."""
     mean, std = mean_and_std(torch.device("cpu"))
     side, gap, margin = columns[0].shape[-1], 6, 120
     cell = max(side, 150)                                              # room for the titles over small images

@@ -36,8 +36,8 @@ SIZES = {
 
 
 class Published(NamedTuple):
-    """One checkpoint of the official repository, with the accuracies its README gives
-    (ImageNet validation, %)."""
+    """One checkpoint of the official repository, with the accuracies its README gives (ImageNet
+    validation, %)."""
     size: str
     distilled: bool
     image_size: int
@@ -161,8 +161,8 @@ class DeiT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Truncated normal with std 0.02 for every linear layer, token and position; biases 0. LayerNorm
-        (1, 0) and the patch projection (uniform within 1/sqrt(768), bias too) keep PyTorch's defaults,
-        as the official code does."""
+        (1, 0) and the patch projection (uniform within 1/sqrt(768), bias too) keep PyTorch's defaults, as
+        the official code does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -195,8 +195,8 @@ class DeiT(nn.Module):
         return self.norm(x)
 
     def forward_heads(self, images):
-        """(class logits, distillation logits), each (B, K), in training and in evaluation mode.
-        Distilled models only."""
+        """(class logits, distillation logits), each (B, K), in training and in evaluation
+        mode. Distilled models only."""
         if not self.distilled:
             raise ValueError("forward_heads needs a distilled model; this one has only the class head")
         x = self.features(images)
@@ -216,9 +216,8 @@ class DeiT(nn.Module):
                 (class_logits + distillation_logits) / 2)
 
     def attention_maps(self, images):
-        """(B, depth, H, N, N): how much each token (row) of each block attends to each (column);
-        rows sum to 1. Tokens are in the order class, distillation (if distilled), patches row
-        by row."""
+        """(B, depth, H, N, N): how much each token (row) of each block attends to each (column); rows sum
+        to 1. Tokens are in the order class, distillation (if distilled), patches row by row."""
         x, maps = self.embed(images), []
         for block in self.blocks:
             maps.append(block.attn.maps(block.norm1(x)))
@@ -227,8 +226,8 @@ class DeiT(nn.Module):
 
 
 def create_model(size, *, distilled=False, image_size=224, num_classes=1000, drop_path=0.0):
-    """A DeiT with fresh weights. Raises ValueError for an unknown size or an image size that
-    is no multiple of 16."""
+    """A DeiT with fresh weights. Raises ValueError for an unknown size or an image size that is no
+    multiple of 16."""
     if size not in SIZES:
         raise ValueError(f"unknown model size {size!r}: choose one of {', '.join(SIZES)}")
     if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
@@ -240,8 +239,8 @@ def create_model(size, *, distilled=False, image_size=224, num_classes=1000, dro
 
 
 def count_macs(model):
-    """Multiply-accumulates for one image: patches, blocks (attention products included) and heads,
-    counted for the architecture as published, that is without the saving in the last block."""
+    """Multiply-accumulates for one image: patches, blocks (attention products included) and heads, counted
+    for the architecture as published, that is without the saving in the last block."""
     num_tokens, dim = model.pos_embed.shape[1:]
     num_patches = num_tokens - len(model.tokens)
     blocks = DEPTH * (12 * num_tokens * dim**2 + 2 * num_tokens**2 * dim)
@@ -298,9 +297,8 @@ def official_names(state):
 
 
 def download(url):
-    """The file behind an https URL, from torch.hub's cache or fetched into it with a progress bar. A
-    hash in its name ("-a1311bcf.pth") is checked; without one the URL itself becomes part of the cached
-    name."""
+    """The file behind an https URL, from torch.hub's cache or fetched into it with a progress bar. A hash
+    in its name ("-a1311bcf.pth") is checked; without one the URL itself becomes part of the cached name."""
     name = url.split("?")[0].rsplit("/", 1)[-1]
     hashed = re.search(r"-([0-9a-f]{8,})\.", name)
     if not hashed:
@@ -316,8 +314,8 @@ def download(url):
 def read_checkpoint(source):
     """What a file, an https URL or a published name holds, read without executing anything in it.
 
-    Raises FileNotFoundError for a missing file, OSError for one that cannot be reached, and ValueError
-    for one that does not consist of tensors and plain values; each names the source.
+    Raises FileNotFoundError for a missing file, OSError for one that cannot be reached, and ValueError for
+    one that does not consist of tensors and plain values; each names the source.
     """
     source = path = PUBLISHED[source].url if source in PUBLISHED else str(source)
     try:
@@ -356,7 +354,8 @@ def read_safetensors(path):
 
 
 def find_weights(checkpoint, source, *, ema=False):
-    """The state dict within a checkpoint, under official names; None if there is no vision transformer in it.
+    """The state dict within a checkpoint, under official names; None if there is no vision
+    transformer in it.
 
     `ema` takes the averaged weights of a training checkpoint instead of the raw ones.
     """
@@ -402,22 +401,24 @@ def describe_keys(checkpoint):
 
 
 def check_architecture(state, source):
-    """(size, distilled, image size, classes) of official weights. Raises ValueError for another vision
-    transformer."""
+    """(size, distilled, image size, classes) of official weights. Raises ValueError for
+    another vision transformer."""
     dim, distilled, patch_size = (state["cls_token"].shape[2], "dist_token" in state,
                                   state["patch_embed.proj.weight"].shape[3])
     size = next((name for name, (width, _) in SIZES.items() if width == dim), None)
     positions, num_tokens = state["pos_embed"].shape[1], 2 if distilled else 1
     side, head = math.isqrt(max(0, positions - num_tokens)), state.get("head.weight")
-    problem = (f"its width is {dim} (DeiT: 192, 384 or 768)" if size is None else
-               f"its patches have {patch_size} pixels (DeiT: 16)" if patch_size != PATCH_SIZE else
-               f"it has {positions} positions, which is no square and {num_tokens}"
-               if side < 1 or side**2 + num_tokens != positions else
-               "it has no classifier (head.weight)" if head is None or head.ndim != 2 or not len(head) else
-               "it has a distillation token but no distillation head"
-               if distilled and "head_dist.weight" not in state else None)
-    if problem:
-        raise ValueError(f"{source} is a vision transformer, but no DeiT: {problem}")
+    problems = {
+        f"its width is {dim} (DeiT: 192, 384 or 768)": size is None,
+        f"its patches have {patch_size} pixels (DeiT: 16)": patch_size != PATCH_SIZE,
+        f"it has {positions} positions, which is no square and {num_tokens}":
+            side < 1 or side**2 + num_tokens != positions,
+        "it has no classifier (head.weight)": head is None or head.ndim != 2 or not len(head),
+        "it has a distillation token but no distillation head": distilled and "head_dist.weight" not in state,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ValueError(f"{source} is a vision transformer, but no DeiT: {problem}")
     return size, distilled, side * PATCH_SIZE, len(head)
 
 
@@ -425,13 +426,12 @@ def load_model(source, *, image_size=None, num_classes=None, classes=None, disti
                ema=False, checkpoint=None):
     """A DeiT from a path, an https URL or a published name; in evaluation mode.
 
-    Size, distilled or not, image size and number of classes come from the tensors; the file may be in
-    the official (or timm), mmpretrain, Hugging Face or this project's own layout. Loading is strict.
+    Size, distilled or not, image size and number of classes come from the tensors; the file may be in the
+    official (or timm), mmpretrain, Hugging Face or this project's own layout. Loading is strict.
     `image_size` resizes the position grid; `num_classes`, or the names `classes`, where they differ from
     the file's, give fresh heads, and `distilled`, where it does, a fresh distillation token and head or
-    none, and each says so.
-    `checkpoint` is what read_checkpoint(source) gave, if it was read already. Raises OSError or
-    ValueError naming the source.
+    none, and each says so. `checkpoint` is what read_checkpoint(source) gave, if it was read already.
+    Raises OSError or ValueError naming the source.
     """
     checkpoint = read_checkpoint(source) if checkpoint is None else checkpoint
     state = find_weights(checkpoint, source, ema=ema)
@@ -440,8 +440,8 @@ def load_model(source, *, image_size=None, num_classes=None, classes=None, disti
                          "patch_embed.proj.weight, ... (or mmpretrain's or Hugging Face's names for "
                          f"them), found {describe_keys(checkpoint)}")
     size, was_distilled, file_image_size, file_classes = check_architecture(state, source)
-    model = create_model(size, distilled=was_distilled if distilled is None else distilled, drop_path=drop_path,
-                         image_size=file_image_size if image_size is None else image_size,
+    model = create_model(size, distilled=was_distilled if distilled is None else distilled,
+                         drop_path=drop_path, image_size=file_image_size if image_size is None else image_size,
                          num_classes=file_classes if num_classes is None else num_classes)
     state, changes = fit(state, was_distilled, model), []
     if model.distilled != was_distilled:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 def hard_distillation(logits, teacher_logits):
     """Cross-entropy with the teacher's decision as the label: second term of equation 3.
 
-    The label is argmax(teacher_logits), one for each image even where two images were mixed, and it is
-    not smoothed.
+    The label is argmax(teacher_logits), one for each image even where two images were mixed,
+    and it is not smoothed.
     """
     return F.cross_entropy(logits, teacher_logits.argmax(dim=1))
 
@@ -29,9 +29,9 @@ def soft_distillation(logits, teacher_logits, temperature):
     """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)), averaged over images:
     second term of equation 2.
 
-    The official code divides the sum by B K instead of B, so its term is K times smaller than the
-    paper's. Writing a for its alpha, the same direction of the gradient comes from alpha = (a / K) / (1
-    - a + a / K) here.
+    The official code divides the sum by B K instead of B, so its term is K times smaller than
+    the paper's. Writing a for its alpha, the same direction of the gradient comes from alpha
+    = (a / K) / (1 - a + a / K) here.
     """
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     student = F.log_softmax(logits / temperature, dim=1)
@@ -43,9 +43,9 @@ def distillation_loss(class_logits, distillation_logits, targets, teacher_logits
     """(1 - alpha) cross_entropy(class head, targets) + alpha distillation(distillation head, teacher).
 
     `targets` are class indices (B,) or probabilities (B, K), smoothed here by `label_smoothing` and
-    nowhere else; the teacher's labels are not smoothed. The paper uses alpha 1/2 for kind "hard"
-    (equation 3), and alpha 0.1 with temperature 3 for kind "soft" (equation 2). Returns (loss, class
-    term, distillation term), the terms unweighted. Raises ValueError for another kind.
+    nowhere else; the teacher's labels are not smoothed. The paper uses alpha 1/2 for kind "hard" (equation
+    3), and alpha 0.1 with temperature 3 for kind "soft" (equation 2). Returns (loss, class term,
+    distillation term), the terms unweighted. Raises ValueError for another kind.
     """
     class_term = F.cross_entropy(class_logits, targets, label_smoothing=label_smoothing)
     if kind == "hard":

@@ -144,8 +144,8 @@ def one_line_errors(program, *mistakes):
 
 
 class Score(NamedTuple):
-    """Sums over images. The loss is a sum in units of 2^-32, an integer, so that no order
-    of adding changes it; `agreed` counts the decisions that are also the teacher's."""
+    """Sums over images. The loss is a sum in units of 2^-32, an integer, so that no order of adding
+    changes it; `agreed` counts the decisions that are also the teacher's."""
     images: int
     correct1: int
     correct5: int
@@ -187,8 +187,8 @@ def count(logits, labels, opinions=None):
 
 
 def predict(model, images):
-    """{head: logits (B, K)}: class, distillation and mean for a distilled DeiT, mean
-    alone for any other model."""
+    """{head: logits (B, K)}: class, distillation and mean for a distilled DeiT, mean alone
+    for any other model."""
     if not getattr(model, "distilled", False):
         return {"mean": model(images)}
     class_logits, distillation_logits = model.forward_heads(images)
@@ -200,9 +200,9 @@ def predict(model, images):
 def predictions(model, loader, device, columns=None, progress=False):
     """Yields ({head: logits}, labels) of each batch.
 
-    Every batch is filled up to the loader's batch size before the model sees it, since the arithmetic of
-    a matrix product may depend on its shape: an image gets the same logits in whichever batch it comes.
-    A compiled model runs uncompiled, for the same numbers as this script gives.
+    Every batch is filled up to the loader's batch size before the model sees it, since the arithmetic of a
+    matrix product may depend on its shape: an image gets the same logits in whichever batch it comes. A
+    compiled model runs uncompiled, for the same numbers as this script gives.
     """
     was_training = model.training
     model.eval()
@@ -224,12 +224,12 @@ def decisions(model, loader, device, columns=None):
 
 @torch.no_grad()
 def evaluate(model, loader, device, *, columns=None, opinions=None, progress=False):
-    """{head: Score} over all images of all ranks' loaders (see data.eval_loader); `mean` is the model's
-    own output.
+    """{head: Score} over all images of all ranks' loaders (see data.eval_loader); `mean` is
+    the model's own output.
 
-    `columns` gives the model's class for each of the data's, where those are a part of the model's or in
-    another order; the model's other classes then do not take part. `opinions` are a teacher's decisions
-    to compare with.
+    `columns` gives the model's class for each of the data's, where those are a part of the
+    model's or in another order; the model's other classes then do not take part. `opinions`
+    are a teacher's decisions to compare with.
     """
     names = ("class", "distillation", "mean") if getattr(model, "distilled", False) else ("mean",)
     sums = torch.zeros(len(names), len(Score._fields), dtype=torch.int64, device=device)
@@ -246,8 +246,8 @@ def evaluate(model, loader, device, *, columns=None, opinions=None, progress=Fal
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode, the size of its images in pixels, its number of classes, and their
-    names if known."""
+    """A model in evaluation mode, the size of its images in pixels, its number of classes,
+    and their names if known."""
     model: torch.nn.Module
     image_size: int
     num_classes: int
@@ -284,8 +284,8 @@ def are_wordnet_ids(names):
 def match_classes(folder, loaded, reference=None):
     """For each class folder the model's class, or None where they are the same in the same order.
 
-    Names stored in the checkpoint decide. ImageNet's thousand are also known by number (folders 0 to
-    999, as ImageNet-V2 has them) and, for WordNet ids, from `reference`: the class folders of a complete
+    Names stored in the checkpoint decide. ImageNet's thousand are also known by number (folders 0 to 999,
+    as ImageNet-V2 has them) and, for WordNet ids, from `reference`: the class folders of a complete
     ImageNet. Raises ValueError where the folders cannot be matched, with what to give.
     """
     known = loaded.classes
@@ -326,8 +326,8 @@ def missing_advice(folder):
 
 
 def imagenet_notes(split, loaded):
-    """What would make the numbers incomparable with published ones: lines to print before
-    a run on 1000 classes."""
+    """What would make the numbers incomparable with published ones: lines to print before a
+    run on 1000 classes."""
     if not isinstance(split.images, data.Folder):
         return []
     notes, counts = [], collections.Counter(split.images.targets)
@@ -375,11 +375,11 @@ def class_names(loaded):
 
 
 def attention_columns(model, images):
-    """{title: pictures}: where the class token, and the distillation token, of normalised images (B, 3,
-    S, S) attend to.
+    """{title: pictures}: where the class token, and the distillation token, of normalised
+    images (B, 3, S, S) attend to.
 
-    "last block" is the mean over heads of the last block's attention; "rollout" (Abnar and Zuidema,
-    2020) follows it through all blocks, half of each block's output being its input.
+    "last block" is the mean over heads of the last block's attention; "rollout" (Abnar and Zuidema, 2020)
+    follows it through all blocks, half of each block's output being its input.
     """
     maps = model.attention_maps(images).mean(dim=2)                               # (B, depth, N, N)
     rollout = identity = torch.eye(maps.shape[-1], device=images.device)
@@ -475,8 +475,8 @@ def parse_flags():
 
 
 def evaluate_folder(weights, loaded, data_name, split, place, *, columns, guide, crop_ratio, batch_size, workers):
-    """Evaluates, against the decisions of the teacher `guide` if there is one, and prints what and how it went,
-    on the first process. `columns` as match_classes gives them."""
+    """Evaluates, against the decisions of the teacher `guide` if there is one, and prints what and how it
+    went, on the first process. `columns` as match_classes gives them."""
     say = print if place.rank == 0 else lambda line: None
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     say(f"{weights}: {parameters:,} parameters, {loaded.num_classes} classes, image size {loaded.image_size}")

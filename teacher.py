@@ -155,9 +155,9 @@ def load_regnet(source, *, num_classes=None, classes=None, checkpoint=None):
 
 
 def freeze(model):
-    """The model in its fastest exact form: evaluation mode, no gradients, channels-last, and each batch
-    norm, now constant, written into the convolution before it: the same function with fewer passes over
-    memory."""
+    """The model in its fastest exact form: evaluation mode, no gradients, channels-last, and
+    each batch norm, now constant, written into the convolution before it: the same function
+    with fewer passes over memory."""
     model.eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, Conv2dNormActivation) and isinstance(module[1], nn.BatchNorm2d):

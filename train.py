@@ -153,8 +153,8 @@ def listing(values):
                      for name, value in values.items())
 
 
-CHOICES = {"distill": ("hard", "soft"), "precision": ("auto", "bf16", "fp16", "fp32"), "optimizer": ("adamw", "sgd"),
-           "recipe": tuple(PRESETS)}
+CHOICES = {"distill": ("hard", "soft"), "precision": ("auto", "bf16", "fp16", "fp32"),
+           "optimizer": ("adamw", "sgd"), "recipe": tuple(PRESETS)}
 
 
 def parse_recipe():
@@ -177,8 +177,8 @@ def parse_recipe():
 
 
 def make_recipe(typed):
-    """The paper's values, changed by the demo's where that is the data, by the preset's, by what was typed.
-    Raises ValueError for values that make no sense, before anything is read."""
+    """The paper's values, changed by the demo's where that is the data, by the preset's, by what was
+    typed. Raises ValueError for values that make no sense, before anything is read."""
     preset = PRESETS[typed["recipe"]].values if typed.get("recipe") else {}
     choice = {"data": "imagenet" if Path("imagenet").is_dir() else "demo"} | preset | typed
     if choice["data"] == "demo":
@@ -213,8 +213,8 @@ def make_recipe(typed):
 
 
 def learning_rate(recipe, epoch):
-    """The rate at a fractional epoch: linear warm-up, then a cosine counted from epoch 0 (not from the
-    end of the warm-up), as timm has it. The official code uses each value one epoch late, and a constant
+    """The rate at a fractional epoch: linear warm-up, then a cosine counted from epoch 0 (not from the end
+    of the warm-up), as timm has it. The official code uses each value one epoch late, and a constant
     within each epoch."""
     peak = recipe.lr * recipe.batch_size / 512
     if epoch < recipe.warmup_epochs:
@@ -237,8 +237,8 @@ def parameter_groups(model, weight_decay):
 
 
 class Student(NamedTuple):
-    """What is trained: the model, the same model joined over processes, its average or
-    None, and what moves it."""
+    """What is trained: the model, the same model joined over processes, its average or None,
+    and what moves it."""
     model: nn.Module
     joined: nn.Module
     average: nn.Module
@@ -260,8 +260,8 @@ class Run(NamedTuple):
 
 
 def train_epoch(run, place, epoch, progress):
-    """One epoch, or what the sampler left of it. Yields the number of steps done
-    whenever it is time to save."""
+    """One epoch, or what the sampler left of it. Yields the number of steps done whenever it
+    is time to save."""
     recipe, student, sampler = run.recipe, run.student, run.sampler
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)            # fp32: None
     # iter() draws from torch's generator: before the first step seeds it
@@ -316,12 +316,59 @@ def gradients_joined(student, last):
     return contextlib.nullcontext() if last or student.joined is student.model else student.joined.no_sync()
 
 
+def run_epochs(run, place, folder, state):
+    """Trains, validates and saves, from where `state` is to the end."""
+    recipe, student, sampler = run.recipe, run.student, run.sampler
+    progress = Progress(place, recipe, folder, sampler.steps, state)
+
+    def save_run(step):
+        if not math.isfinite(nn.utils.get_total_norm(student.model.parameters())):
+            progress.end_diverged(f"a weight is not finite after step {step}")
+        state.update(step=step, epoch_sums=progress.epoch_sums.tolist())
+        if place.rank == 0:
+            save_last(run, state, folder)
+            progress.saved = time.monotonic()
+        if progress.stopping:
+            leave(progress, folder)
+
+    if not state["step"]:
+        save_run(0)                                              # from now on the folder holds a run
+    opinions = None                                              # the teacher's, asked for once
+    for epoch in range(len(state["log"]), recipe.epochs):        # the log has a record per validated epoch
+        start = epoch * sampler.steps
+        sampler.set_epoch(epoch, first_step=state["step"] - start)
+        for step in train_epoch(run, place, epoch, progress):
+            save_run(start + step)
+        save_run(start + sampler.steps)                          # validation takes time in which much can happen
+        if run.teacher and opinions is None:
+            opinions = decisions(run.teacher, run.val_loader, place.device)
+        terms = {f"train_{name}": total / sampler.steps
+                 for name, total in zip(progress.terms, progress.epoch_sums.tolist())}
+        # nothing in it depends on the machine's speed, so equal runs have equal logs
+        record = {"epoch": epoch, "step": start + sampler.steps,
+                  "lr": learning_rate(recipe, epoch + (sampler.steps - 1) / sampler.steps)}
+        record |= terms | validate(student, run.val_loader, place, opinions)
+        progress.end_epoch(record)
+        state["log"].append(record)
+        if place.rank == 0:
+            if record["top1"] > state["best"]:
+                save(weights_of(run) | {"record": record}, folder / "best.pth")
+            save_log(state["log"], folder)
+        state["best"] = max(state["best"], record["top1"])
+        save_run(start + sampler.steps)
+    progress.close()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Watching it
+
+
 class Progress:
     """Sums the loss terms on the device, and now and then brings them to the host.
 
     Now and then is every LOG_EVERY steps on a GPU, where looking at a number makes the host wait, and
-    every step on a CPU. In the same exchange the ranks agree whether to stop (any got a signal) or to
-    save (the first finds it is time).
+    every step on a CPU. In the same exchange the ranks agree whether to stop (any got a signal) or to save
+    (the first finds it is time).
     """
 
     def __init__(self, place, recipe, folder, steps, state):
@@ -362,8 +409,8 @@ class Progress:
         return norm
 
     def report(self, epoch, step, lr, scaler):
-        """True if it is time to save. Ends the run, on all ranks, if a loss or gradient
-        of any is not finite."""
+        """True if it is time to save. Ends the run, on all ranks, if a loss or gradient of
+        any is not finite."""
         self.steps_since += 1
         if (step + 1) % self.every and step + 1 < self.steps:
             return False
@@ -478,8 +525,8 @@ class Display:
 
 
 def write_whole(path, write):
-    """Writes a file whole or not at all: `write` fills one beside it, which is flushed to the disk and then
-    renamed. Raises OSError that names the file."""
+    """Writes a file whole or not at all: `write` fills one beside it, which is flushed to the disk and
+    then renamed. Raises OSError that names the file."""
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as file:
@@ -544,8 +591,8 @@ def build_model(recipe, classes):
     """The model with fresh weights, or those of --init. Raises ValueError where these are of another kind."""
     torch.manual_seed(recipe.seed)
     if recipe.model in deit.SIZES:
-        shape = {"distilled": bool(recipe.distill), "image_size": recipe.image_size, "num_classes": len(classes),
-                 "drop_path": recipe.drop_path}
+        shape = {"distilled": bool(recipe.distill), "image_size": recipe.image_size,
+                 "num_classes": len(classes), "drop_path": recipe.drop_path}
         if not recipe.init:
             return deit.create_model(recipe.model, **shape)
         model = deit.load_model(recipe.init, classes=classes, **shape)
@@ -651,8 +698,9 @@ def notes(recipe):
 def banner(run, place, folder, teacher_score, remarks):
     """What is about to happen, in a few lines to check before leaving it alone."""
     recipe, sampler, preset = run.recipe, run.sampler, PRESETS.get(run.recipe.recipe)
-    changed = {name: value for name, value in asdict(recipe).items() if value != getattr(Recipe, name) and (
-        name == "optimizer" or type(getattr(Recipe, name)) in (int, float) and name not in ("seed", "accum_steps"))}
+    numbers = {name for name, value in asdict(Recipe()).items() if type(value) in (int, float)}
+    changed = {name: value for name, value in asdict(recipe).items() if value != getattr(Recipe, name)
+               and name in numbers - {"seed", "accum_steps"} | {"optimizer"}}
     parameters = sum(parameter.numel() for parameter in run.student.model.parameters())
     where = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
     lines = {
@@ -688,18 +736,18 @@ def validate(student, loader, place, opinions):
     for prefix, model in {"": student.model, "ema_": student.average and student.average.module}.items():
         if model is None:
             continue
-        for buffer in model.buffers() if dist.is_initialized() else ():   # batch statistics are the first rank's
-            dist.broadcast(buffer, 0)
+        for buffer in model.buffers() if dist.is_initialized() else ():
+            dist.broadcast(buffer, 0)                                # batch statistics are the first rank's
         for head, score in evaluate(model, loader, place.device, opinions=opinions).items():
             head = "" if head == "mean" else f"{head}_"
-            for name in ("top1", "top5", "loss") if opinions is None else ("top1", "top5", "loss", "agreement"):
+            for name in ("top1", "top5", "loss") + (() if opinions is None else ("agreement",)):
                 record[f"{prefix}{head}{name}"] = getattr(score, name)
     return record
 
 
 def prepare(recipe, place, resuming):
-    """Builds the run, all but its teacher. Raises ValueError or OSError, in seconds, for whatever would stop
-    it later."""
+    """Builds the run, all but its teacher. Raises ValueError or OSError, in seconds, for whatever would
+    stop it later."""
     recipe = replace(recipe, precision=choose_precision(recipe.precision, place))
     torch.backends.cudnn.benchmark = True                      # for the teacher: all batches have one shape
     workers = data.usable_cpus() // place.local_world_size if recipe.workers is None else recipe.workers
@@ -720,8 +768,8 @@ def prepare(recipe, place, resuming):
 
 
 def with_teacher(run, place):
-    """The run with its frozen teacher, and the teacher's Score on a few validation images. Raises ValueError
-    if it could be no teacher for these classes."""
+    """The run with its frozen teacher, and the teacher's Score on a few validation images. Raises
+    ValueError if it could be no teacher for these classes."""
     recipe, classes = run.recipe, run.train_split.classes
     with one_per_machine_first(place):                               # it may download the teacher
         model = teacher.load_teacher(recipe.teacher, len(classes), classes).to(place.device)
@@ -741,7 +789,7 @@ def with_teacher(run, place):
 def make_demo_teacher(recipe, place, folder):
     """Trains the demo's teacher by the same loop, or goes on with it; returns its file."""
     changes = {name: getattr(recipe, name) for name in ("seed", "workers", "precision")}
-    changes["output"] = str(run_folder(recipe))                     # where to --resume, also from within the teacher
+    changes["output"] = str(run_folder(recipe))              # the run to resume, if it is stopped in here
     changes["batch_size"] = math.ceil(DEMO_TEACHER["batch_size"] / place.world_size) * place.world_size
     if place.rank == 0:
         print("first a teacher for the demo's classes:", flush=True)
@@ -755,8 +803,8 @@ def make_demo_teacher(recipe, place, folder):
 
 @contextlib.contextmanager
 def held(folder):
-    """Makes the folder and keeps it for this run until it ends. Raises ValueError if another process trains
-    in it. A run that could not start leaves no folder."""
+    """Makes the folder and keeps it for this run until it ends. Raises ValueError if another process
+    trains in it. A run that could not start leaves no folder."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -809,6 +857,8 @@ def train(recipe, place, folder, checkpoint=None):
     with contextlib.ExitStack() as stack:
         with one_line_errors("train.py", OSError, ValueError, data.BadImage):
             run = prepare(recipe, place, resuming=bool(checkpoint))
+            # steps done, records of whole epochs, best top-1, loss terms summed since the last of them;
+            # images and parts of a batch only to be compared on resume
             state = {"step": 0, "log": [], "best": -1.0, "epoch_sums": None,
                      "images": len(run.train_split.images), "parts": place.world_size * recipe.accum_steps}
             remarks = notes(run.recipe)
@@ -834,49 +884,6 @@ def train(recipe, place, folder, checkpoint=None):
             print(banner(run, place, folder, score, remarks), flush=True)
         run_epochs(run, place, folder, state)
         return state
-
-
-def run_epochs(run, place, folder, state):
-    """Trains, validates and saves, from where `state` is to the end."""
-    recipe, student, sampler = run.recipe, run.student, run.sampler
-    progress = Progress(place, recipe, folder, sampler.steps, state)
-
-    def save_run(step):
-        if not math.isfinite(nn.utils.get_total_norm(student.model.parameters())):
-            progress.end_diverged(f"a weight is not finite after step {step}")
-        state.update(step=step, epoch_sums=progress.epoch_sums.tolist())
-        if place.rank == 0:
-            save_last(run, state, folder)
-            progress.saved = time.monotonic()
-        if progress.stopping:
-            leave(progress, folder)
-
-    if not state["step"]:
-        save_run(0)                                              # from now on the folder holds a run
-    opinions = None                                              # the teacher's, asked for once
-    for epoch in range(len(state["log"]), recipe.epochs):        # the log has a record per validated epoch
-        start = epoch * sampler.steps
-        sampler.set_epoch(epoch, first_step=state["step"] - start)
-        for step in train_epoch(run, place, epoch, progress):
-            save_run(start + step)
-        save_run(start + sampler.steps)                          # validation takes time in which much can happen
-        if run.teacher and opinions is None:
-            opinions = decisions(run.teacher, run.val_loader, place.device)
-        terms = {f"train_{name}": total / sampler.steps
-                 for name, total in zip(progress.terms, progress.epoch_sums.tolist())}
-        # nothing in it depends on the machine's speed, so equal runs have equal logs
-        record = {"epoch": epoch, "step": start + sampler.steps,
-                  "lr": learning_rate(recipe, epoch + (sampler.steps - 1) / sampler.steps)}
-        record |= terms | validate(student, run.val_loader, place, opinions)
-        progress.end_epoch(record)
-        state["log"].append(record)
-        if place.rank == 0:
-            if record["top1"] > state["best"]:
-                save(weights_of(run) | {"record": record}, folder / "best.pth")
-            save_log(state["log"], folder)
-        state["best"] = max(state["best"], record["top1"])
-        save_run(start + sampler.steps)
-    progress.close()
 
 
 def leave(progress, folder):
@@ -916,8 +923,8 @@ def read_last(folder):
 
 
 def saved_recipe(typed, checkpoint):
-    """The recipe of the run to go on with. Raises ValueError if a typed flag would
-    change what it computes."""
+    """The recipe of the run to go on with. Raises ValueError if a typed flag would change
+    what it computes."""
     free = ("resume", "output", "data", "teacher", "any_teacher", "workers", "accum_steps", "compile")
     saved = {item.name: checkpoint["recipe"].get(item.name, item.default) for item in fields(Recipe)}
     for name, value in typed.items():
@@ -928,8 +935,8 @@ def saved_recipe(typed, checkpoint):
 
 
 def find_run(typed, recipe, folder, restarts):
-    """(recipe, checkpoint or None) to go on with. Raises ValueError if the folder holds a run and none is to
-    be resumed, or the other way round; one that torchrun restarts goes on with its own."""
+    """(recipe, checkpoint or None) to go on with. Raises ValueError if the folder holds a run and none is
+    to be resumed, or the other way round; one that torchrun restarts goes on with its own."""
     checkpoint = read_last(folder)
     own = restarts and checkpoint and checkpoint.get("launch") == launch()
     if checkpoint and not recipe.resume and not own:
@@ -951,6 +958,7 @@ def main():
               "patterns drawn on the fly.\n"
               "For your own images: --data DIR, a folder with train/ and val/.", flush=True)
     try:
+        # no ValueError here: once the run is under way one is a bug, and shall keep its traceback
         with one_line_errors("train.py", OSError, data.BadImage):
             state = train(recipe, place, folder, checkpoint)
     except KeyboardInterrupt:                                        # before the run handles it
