@@ -1,4 +1,5 @@
 """The recipe, the loop and the run, through the functions and through the command line."""
+import io
 import json
 import logging
 import os
@@ -9,8 +10,11 @@ import subprocess
 import sys
 from dataclasses import asdict, fields
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import data
@@ -346,6 +350,26 @@ def test_without_data_the_demo_makes_its_teacher_and_says_so_first(tmp_path, mon
     assert "in place of the paper's values: image_size 48, epochs 1, batch_size 32" in printed
     assert re.search(r"teacher +runs/tiny-distilled-demo/teacher/best.pth: \d+\.\d\d % top-1 on 20 validation images", printed)
     assert printed.endswith("python evaluate.py --weights runs/tiny-distilled-demo/best.pth --data demo\n")
+
+
+def test_tensorboard_shows_the_first_batch_as_the_model_saw_it_and_no_other(shared_folder, tmp_path, monkeypatch):
+    seen, mix = [], data.mix
+
+    def watch(*args, **settings):
+        images, targets = mix(*args, **settings)
+        seen.append(images.clone())
+        return images, targets
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "mix", watch)
+        train_in_process(patch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload()
+    (picture,) = events.Images("first batch")
+    sheet = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
+    mean, std = (np.array(values)[:, None, None] for values in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    for number, image in enumerate(seen[0][:8].numpy()):                # the first row: 8 pictures, 2 pixels apart
+        cell = sheet[2:34, 2 + 34 * number:34 + 34 * number].transpose(2, 0, 1)
+        assert np.abs(cell - (image * std + mean).clip(0, 1) * 255).max() <= 1
 
 
 def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(shared_folder, tmp_path, monkeypatch, capsys):
