@@ -448,7 +448,8 @@ def load_model(source, *, image_size=None, num_classes=None, classes=None, disti
         changes.append("fresh distillation token and head" if model.distilled else
                        "without its distillation token and head")
     known = checkpoint.get("classes")
-    if model.num_classes != file_classes or classes and isinstance(known, list) and known != list(classes):
+    other = classes and isinstance(known, (list, tuple)) and list(known) != list(classes)
+    if other or model.num_classes != file_classes:
         changes.append(f"fresh head for {model.num_classes} classes in place of the file's {file_classes}")
         state |= {name: value for name, value in model.state_dict().items() if name.startswith("head")}
     if changes and os.environ.get("RANK", "0") == "0":              # under torchrun once, not per process

@@ -140,7 +140,7 @@ def load_regnet(source, *, num_classes=None, classes=None, checkpoint=None):
                          f"fc.weight (or timm's names for them), found {keys}")
     model = create_regnet(name, num_classes or len(state["fc.weight"]))
     known = checkpoint.get("classes")
-    other = classes and isinstance(known, list) and known != list(classes)
+    other = classes and isinstance(known, (list, tuple)) and list(known) != list(classes)
     if other or model.fc.out_features != len(state["fc.weight"]):
         if os.environ.get("RANK", "0") == "0":                         # under torchrun once, not per process
             print(f"{source}: fresh classifier for {model.fc.out_features} classes in place of the file's "
@@ -179,7 +179,7 @@ def load_teacher(source="official", num_classes=1000, classes=None):
         raise ValueError(f"teacher {source} knows {model.fc.out_features} classes and the data has "
                          f"{num_classes}; {advice}")
     known = checkpoint.get("classes")
-    if classes and isinstance(known, list) and known != list(classes):
+    if classes and isinstance(known, (list, tuple)) and list(known) != list(classes):
         pair = next((a, b) for a, b in zip(known, classes) if a != b)
         raise ValueError(f"teacher {source} knows other classes: where it has {pair[0]!r}, the data has "
                          f"{pair[1]!r}; {advice}")

@@ -202,7 +202,7 @@ def make_recipe(typed):
                              "leave it out")
     for item in fields(Recipe):
         value, (low, high) = getattr(recipe, item.name), (item.metadata["low"], item.metadata["high"])
-        if isinstance(value, (int, float)) and not low <= value <= high:     # not a number (nan) fails too
+        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
             bounds = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
             raise ValueError(f"{option(item.name)} {value}: it must be {bounds}")
     if is_deit and recipe.image_size % deit.PATCH_SIZE:
@@ -804,9 +804,13 @@ def make_demo_teacher(recipe, place, folder):
 @contextlib.contextmanager
 def held(folder):
     """Makes the folder and keeps it for this run until it ends. Raises ValueError if another process
-    trains in it. A run that could not start leaves no folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    trains in it. A run that could not start leaves no folder that was not there."""
+    was_there = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OSError(f"cannot make the folder --output {folder}: {error.strerror}") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -817,9 +821,9 @@ def held(folder):
     try:
         yield
     finally:
-        os.close(handle)
         with contextlib.suppress(OSError):                           # if it is empty, nothing was started
-            folder.rmdir()
+            was_there or folder.rmdir()
+        os.close(handle)
 
 
 def check_same_data(checkpoint, run):
@@ -915,7 +919,11 @@ def read_last(folder):
     if not path.exists():
         return None
     checkpoint = deit.read_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not {"optimizer", "state", "recipe", "launch"} <= checkpoint.keys():
+    parts = [checkpoint.get(name) for name in ("model", "optimizer", "scaler", "state", "recipe")
+             ] if isinstance(checkpoint, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or not {
+            "step", "log", "best", "epoch_sums", "images", "parts"} <= checkpoint["state"].keys() or not {
+            "model", "data"} <= checkpoint["recipe"].keys():
         raise ValueError(f"{path} is not a training checkpoint of this program")
     if zipfile.ZipFile(path).testzip():                             # torch reads no checksums
         raise ValueError(f"{path} is damaged: its checksum is wrong; start anew with another --output")

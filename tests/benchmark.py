@@ -362,8 +362,8 @@ def posterize(image, bits, **_):
 
 def bench_loader(args):
     """Views of the training set per second. Theirs leave the loader as floats, normalised and erased; ours as bytes, and the
-    rest is the device's work: on a CPU, where that is not another device, a second row counts it too. (The pixels are the
-    same but for the crop's rounding: tests/test_data.py says by how much.)"""
+    rest is the device's work: on a CPU, where that is not another device, a second row counts it too. (Our crops are
+    resized by torch, theirs by Pillow: tests/test_data.py says how much that changes.)"""
     timm.data.auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
     theirs = timm.data.create_transform(224, is_training=True, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1",
                                         interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1)

@@ -123,17 +123,19 @@ def test_training_crops_follow_the_recipes_areas_and_are_bicubic(monkeypatch):
     assert set(modes) == {"bicubic"} and antialias.all()
 
 
-def test_training_crops_are_pillows_but_for_three_values_in_a_hundred_that_differ_by_1():
-    ours, pillows, pixels = [], [], photo(500, 375)
-    usual = transforms.RandomResizedCrop(224, interpolation=transforms.InterpolationMode.BICUBIC)
-    for seed in range(40):
+@pytest.mark.parametrize("size, image_size, noise", [((500, 375), 224, False), ((256, 256), 224, False), ((64, 64), 48, True)])
+def test_training_crops_are_pillows_but_for_a_tenth_of_a_level_on_average(size, image_size, noise):
+    image, differences = photo(*size), []
+    if noise:
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    usual = transforms.RandomResizedCrop(image_size, interpolation=transforms.InterpolationMode.BICUBIC)
+    for seed in range(60):
         torch.manual_seed(seed)
-        ours.append(data.random_resized_crop(data.pixels_of(pixels), 224)[0].int())
+        ours = data.random_resized_crop(data.pixels_of(image), image_size)[0].int()
         torch.manual_seed(seed)                                     # so the same box is drawn
-        pillows.append(transforms.functional.pil_to_tensor(usual(pixels)).int())
-    difference = (torch.stack(ours) - torch.stack(pillows)).abs()
-    assert difference.max() <= 3 and (difference > 1).float().mean() < 1e-4
-    assert 0.01 < (difference > 0).float().mean() < 0.04
+        differences.append((ours - transforms.functional.pil_to_tensor(usual(image)).int()).abs().float())
+    differences = torch.stack(differences)
+    assert 0.01 < differences.mean() < 0.1 and (differences > 1).float().mean() < (0.01 if noise else 0.0002)
 
 
 def test_views_of_small_images_are_padded_crops():

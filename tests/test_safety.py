@@ -298,3 +298,22 @@ def test_nothing_of_the_environment_reaches_the_run_folder(shared_folder, tmp_pa
     assert all(b"c0ffee" not in path.read_bytes() for path in (tmp_path / "run").iterdir())
     record = json.loads((tmp_path / "run" / "log.jsonl").read_text())
     assert all(isinstance(value, (int, float)) for value in record.values())
+
+
+def test_a_failed_start_leaves_a_folder_that_was_there_and_removes_its_own(shared_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "new"):
+        with pytest.raises(SystemExit):
+            train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / name, "--distill", "--teacher", "absent.pth"))
+    assert (tmp_path / "mine").is_dir() and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", [{"state": {}}, {"state": None}, {"recipe": {}}, {"model": None}])
+def test_a_last_pth_that_lacks_a_part_is_refused_in_one_line(change, shared_folder, tmp_path, monkeypatch, capsys):
+    part = dict.fromkeys(("step", "log", "best", "epoch_sums", "images", "parts"))
+    whole = {"model": {}, "optimizer": {}, "scaler": {}, "state": part, "recipe": {"model": "tiny", "data": "demo"}}
+    torch.save(whole | change, tmp_path / "last.pth")
+    with pytest.raises(SystemExit):
+        train_in_process(monkeypatch, "--resume", "--output", tmp_path)
+    error = capsys.readouterr().err
+    assert "is not a training checkpoint of this program" in error and error.count("\n") == 1
