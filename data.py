@@ -131,8 +131,8 @@ def random_resized_crop(pixels, image_size):
 
     By torch's bicubic, in a quarter of Pillow's time. Pillow's weights have 22 bits, torch's 16, and Pillow
     13 takes the rows before the columns for some shapes, which shows where a value leaves 0..255 between
-    the two: 4 to 6 values in a hundred differ by 1, fewer than 4 in a thousand by more (at hard edges we
-    saw 15, in noise 26), 0.08 of 255 on average. Evaluation is left to Pillow.
+    the two: 4 to 6 values in a hundred differ by 1, fewer than one by more (at hard edges we saw 15, in
+    noise 28), less than 0.1 of 255 on average. Evaluation is left to Pillow.
     """
     top, left, height, width = transforms.RandomResizedCrop.get_params(pixels, (0.08, 1), (3 / 4, 4 / 3))
     part = pixels[..., top:top + height, left:left + width]

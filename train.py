@@ -203,7 +203,7 @@ def make_recipe(typed):
     for item in fields(Recipe):
         value, (low, high) = getattr(recipe, item.name), (item.metadata["low"], item.metadata["high"])
         if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
-            bounds = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+            bounds = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more, and finite"
             raise ValueError(f"{option(item.name)} {value}: it must be {bounds}")
     if is_deit and recipe.image_size % deit.PATCH_SIZE:
         deit.create_model(recipe.model, image_size=recipe.image_size)   # raises, with the size to use instead
