@@ -81,6 +81,7 @@ class Recipe:
     clip_grad: float = flag(0.0, "largest norm of the gradient; 0 (as in the paper) leaves it as it is", 0)
     drop_path: float = flag(0.1, "stochastic depth of the last block, rising from 0 in the first", 0, 0.99)
     label_smoothing: float = flag(0.1, "share of each target spread over all classes", 0, 1)
+    resize: str = flag("torch", "what resizes training crops: torch is faster, pillow gives the official pixels")
     rand_augment: float = flag(9.0, "magnitude 0 to 10, mean of Normal(m, 0.5); 0 turns RandAugment off", 0, 10)
     erasing: float = flag(0.25, "probability of erasing a rectangle of a view", 0, 1)
     repeats: int = flag(3, "views of each drawn image in an epoch; 1 turns repeated augmentation off", 1)
@@ -154,7 +155,7 @@ def listing(values):
 
 
 CHOICES = {"distill": ("hard", "soft"), "precision": ("auto", "bf16", "fp16", "fp32"),
-           "optimizer": ("adamw", "sgd"), "recipe": tuple(PRESETS)}
+           "optimizer": ("adamw", "sgd"), "resize": ("torch", "pillow"), "recipe": tuple(PRESETS)}
 
 
 def parse_recipe():
@@ -759,9 +760,9 @@ def prepare(recipe, place, resuming):
             accum_steps=recipe.accum_steps, repeats=recipe.repeats, seed=recipe.seed)
         model = build_model(replace(recipe, init=None) if resuming else recipe, train_split.classes)
     student = build_student(model, recipe, place)
-    loader = data.train_loader(train_split.images, sampler, recipe.image_size,
-                               rand_augment=recipe.rand_augment, erasing=recipe.erasing, seed=recipe.seed,
-                               workers=workers)
+    loader = data.train_loader(train_split.images, sampler, recipe.image_size, workers=workers,
+                               rand_augment=recipe.rand_augment, erasing=recipe.erasing, resize=recipe.resize,
+                               seed=recipe.seed)
     val_loader = data.eval_loader(val_split.images, recipe.image_size, batch_size=BATCH_SIZE, workers=workers,
                                   rank=place.rank, world_size=place.world_size)
     return Run(recipe, student, None, train_split, val_split, sampler, loader, val_loader, workers)

@@ -362,8 +362,8 @@ def posterize(image, bits, **_):
 
 def bench_loader(args):
     """Views of the training set per second. Theirs leave the loader as floats, normalised and erased; ours as bytes, and the
-    rest is the device's work: on a CPU, where that is not another device, a second row counts it too. (Our crops are
-    resized by torch, theirs by Pillow: tests/test_data.py says how much that changes.)"""
+    rest is the device's work: on a CPU, where that is not another device, the last row counts it too. Theirs are resized
+    by Pillow, ours by torch, or by Pillow for equal pixels (--resize pillow)."""
     timm.data.auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
     theirs = timm.data.create_transform(224, is_training=True, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1",
                                         interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1)
@@ -373,28 +373,28 @@ def bench_loader(args):
         number, workers = len(train_split.images), args.workers
         sampler = data.RepeatedAugSampler(number, batch_size=48)
         sampler.steps, sampler.distinct_images = 3 * number // 48, number
-        ours = data.train_loader(train_split.images, sampler, 224, workers=workers)
+        loaders = {resize: data.train_loader(train_split.images, sampler, 224, resize=resize, workers=workers)
+                   for resize in ("torch", "pillow")}
         official = DataLoader(torchvision.datasets.ImageFolder(f"{folder}/train", theirs), batch_size=48,
                               sampler=ThreeTimes(number), num_workers=workers, persistent_workers=workers > 0)
         device = torch.device(args.device)
 
-        def consume_ours():
-            for _ in data.to_device(ours, device):
-                pass
-
-        def consume_and_normalize():
-            for pixels, _, _, boxes in data.to_device(ours, device):
-                data.erase(data.normalize(pixels), boxes)
+        def consume_ours(resize="torch", normalized=False):
+            sampler.set_epoch(sampler.epoch + 1)                         # other views, as theirs are
+            for pixels, _, _, boxes in data.to_device(loaders[resize], device):
+                if normalized:
+                    data.erase(data.normalize(pixels), boxes)
 
         def consume_theirs():
             for images, _ in official:
                 images.to(device)
 
-        speeds = race({"ours": consume_ours, "and normalised": consume_and_normalize, "timm's transform": consume_theirs},
-                      3 * number, args.rounds, args.device)
-        what, normalized = f"loader, {workers} workers, {size / 1000:.0f} kB JPEGs, views/s", speeds.pop("and normalised")
-        show(what, speeds)
-        show(f"{what}, normalised", {"ours": normalized, "timm's transform": speeds["timm's transform"]})
+        rows = {"": consume_ours, ", equal pixels": lambda: consume_ours("pillow"),
+                ", normalised": lambda: consume_ours(normalized=True)}
+        speeds = race(rows | {"timm's transform": consume_theirs}, 3 * number, args.rounds, args.device)
+        for row in rows:
+            show(f"loader, {size / 1000:.0f} kB JPEGs, views/s{row}",
+                 {"ours": speeds[row], "timm's transform": speeds["timm's transform"]})
         model = deit.create_model("tiny", distilled=True).to(device).eval()
         opponent = timm.create_model("deit_tiny_distilled_patch16_224").to(device).eval()
         ours = data.eval_loader(val_split.images, 224, workers=workers)

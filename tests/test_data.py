@@ -1,7 +1,9 @@
 """What the model sees, against timm, Pillow and counting."""
 import collections
 import math
+import platform
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from timm.data import auto_augment
 from torchvision import transforms
 
 import data
+import deit
 from conftest import write_folder
 
 
@@ -40,6 +43,18 @@ def test_randaugment_operation_is_timms_pixel_by_pixel(name, monkeypatch):
                 image = photo(seed=seed)
                 ours = data.OPERATIONS[name](image, magnitude / 10, sign)
                 assert ours.tobytes() == operation(image).tobytes(), (magnitude, sign)
+
+
+def test_sliding_rows_and_columns_is_pillows_affine_transform_to_the_pixel():
+    rng = np.random.default_rng(0)
+    for number, (width, height) in enumerate(60 * [(97, 61), (48, 48), (224, 224), (1, 9), (9, 1)]):
+        image = photo(width, height, seed=number) if number % 2 else Image.fromarray(
+            rng.choice(np.array([0, 255], np.uint8), (height, width, 3)))               # overshoots everywhere
+        slope, offset = rng.uniform(-0.4, 0.4) * rng.integers(2), rng.uniform(-1.2, 1.2) * width * rng.integers(2)
+        along, down = (1, slope, offset, 0, 1, 0), (1, 0, 0, slope, 1, offset)
+        for ours, matrix in ((data.slide, along), (data.slide_down, down)):
+            usual = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=data.FILL)
+            assert ours(image, slope, offset).tobytes() == usual.tobytes(), (ours.__name__, image.size, slope, offset)
 
 
 def test_randaugment_covers_timms_fifteen_operations_in_order():
@@ -136,6 +151,34 @@ def test_training_crops_are_pillows_but_for_a_tenth_of_a_level_on_average(size, 
         differences.append((ours - transforms.functional.pil_to_tensor(usual(image)).int()).abs().float())
     differences = torch.stack(differences)
     assert 0.01 < differences.mean() < 0.1 and (differences > 1).float().mean() < (0.01 if noise else 0.0002)
+
+
+@pytest.mark.parametrize("size, image_size", [((500, 375), 224), ((64, 64), 48)])
+def test_training_crops_are_pillows_to_the_pixel_if_asked_for(size, image_size):
+    image, transform = photo(*size), data.train_transform(image_size, rand_augment=0, resize="pillow")
+    for seed in range(20):
+        torch.manual_seed(seed)
+        top, left, height, width = transforms.RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3))
+        usual = image.crop((left, top, left + width, top + height)).resize((image_size, image_size), Image.Resampling.BICUBIC)
+        if torch.rand(1) < 0.5:
+            usual = usual.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        torch.manual_seed(seed)
+        assert np.array_equal(transform(image).permute(1, 2, 0).numpy(), np.asarray(usual))
+
+
+def test_who_resizes_moves_the_gradient_a_fiftieth_of_what_another_draw_of_the_views_does():
+    torch.manual_seed(0)
+    model, demo = deit.create_model("tiny", num_classes=10, image_size=48), data.Demo(train=True)
+    draws = [(index, view) for view in range(3) for index in range(16)]
+
+    def gradient(resize, seed):
+        pixels, labels, *_ = data.TrainBatches(demo, 48, resize=resize, seed=seed)[0, draws]
+        model.zero_grad()
+        F.cross_entropy(model(data.normalize(pixels)), labels).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    ours, pillows, another = gradient("torch", 0), gradient("pillow", 0), gradient("pillow", 1)
+    assert 0 < (ours - pillows).norm() < (another - pillows).norm() / 50
 
 
 def test_views_of_small_images_are_padded_crops():
@@ -275,6 +318,24 @@ def test_batches_do_not_depend_on_the_workers(workers, shared_folder):
 
     for ours, reference in zip(batches(workers), batches(0), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
+
+
+class Churning(torch.utils.data.Dataset):
+    """Each item allocates and frees 16 MB and is the number of pages that the process had to fetch for it."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, number):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        [np.ones(2**21, np.uint8) for _ in range(8)]
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's setting")
+def test_workers_keep_their_memory():
+    faults = list(torch.utils.data.DataLoader(Churning(), batch_size=None, **data.worker_options(1)))
+    assert faults[0] > 1000 and max(faults[-10:]) < 100
 
 
 def test_an_epoch_can_start_in_the_middle():

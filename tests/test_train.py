@@ -1,4 +1,5 @@
 """The recipe, the loop and the run, through the functions and through the command line."""
+import contextlib
 import io
 import json
 import logging
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from torch import nn
 import data
 import deit
 import evaluate
+import teacher
 import train
 from conftest import ROOT, run_script
 from kill_and_resume import difference
@@ -173,6 +176,27 @@ def test_averaged_weights_start_from_the_initial_ones_and_follow_by_the_decay():
         student.average.update_parameters(student.model)
         expected = 0.9 * expected + 0.1 * (first + step + 1)
     assert torch.allclose(student.average.module.head.weight, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("distill", [None, "hard", "soft"])
+def test_no_step_waits_for_the_device(distill, tmp_path, monkeypatch):
+    """On torch's meta device tensors have no values: to look at one, as .item() and its like do, is an error."""
+    adamw = torch.optim.AdamW                                       # neither fused nor autocast knows that device
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: adamw(groups, lr=lr, foreach=True))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    nowhere = CPU._replace(device=torch.device("meta"), rank=1)     # only the first rank shows something
+    recipe = train.make_recipe({"data": "imagenet", "distill": distill, "batch_size": 8, "mix_group": 4, "ema": 0.9,
+                                "clip_grad": 1.0})
+    model = deit.create_model("tiny", distilled=bool(distill), image_size=32, drop_path=0.1)
+    guide = teacher.freeze(teacher.create_regnet("regnet_y_400mf")).to("meta") if distill else None
+    batch = (torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.randint(1000, (8,)), torch.arange(8),
+             torch.tensor([(1, 4, 4, 10, 10)]))
+    split, sampler = data.Split(None, [""] * 1000), SimpleNamespace(first_step=0, steps=3)
+    run = train.Run(recipe, train.build_student(model, recipe, nowhere), guide, split, split, sampler, [batch] * 3, None, 0)
+    progress = train.Progress(nowhere, recipe, tmp_path, 1000, {"step": 0, "epoch_sums": None})
+    list(train.train_epoch(run, nowhere, 0, progress))
+    progress.close()
+    assert progress.steps_since == 3 and progress.sums.is_meta
 
 
 def first_step(folder, path, processes, accum_steps):
