@@ -4,12 +4,13 @@ import math
 import platform
 import random
 import resource
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageEnhance
 from timm.data import auto_augment
 from torchvision import transforms
 
@@ -55,6 +56,14 @@ def test_sliding_rows_and_columns_is_pillows_affine_transform_to_the_pixel():
         for ours, matrix in ((data.slide, along), (data.slide_down, down)):
             usual = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=data.FILL)
             assert ours(image, slope, offset).tobytes() == usual.tobytes(), (ours.__name__, image.size, slope, offset)
+
+
+@pytest.mark.parametrize("size", [(97, 61), (224, 224), (48, 3), (3, 3), (2, 9), (9, 1)])
+def test_sharpening_is_pillows_to_the_pixel(size):
+    for seed in range(10):
+        image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+        for factor in (0.1, 0.55, 1.0, 1.45, 1.9):
+            assert data.sharpen(image, factor).tobytes() == ImageEnhance.Sharpness(image).enhance(factor).tobytes()
 
 
 def test_randaugment_covers_timms_fifteen_operations_in_order():
@@ -464,6 +473,17 @@ def test_the_contact_sheet_has_a_row_per_picture_and_six_columns(shared_folder):
     one, three = (data.contact_sheet(split, 96, rows=rows) for rows in (1, 3))
     assert one.width == three.width and three.height - one.height == 2 * (one.height - 24)
     assert math.isclose((one.width - 120) / 6, one.height - 24, abs_tol=1)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--output", "sheet.psd"], "--output sheet.psd: give a picture's name"),
+    (["--rows", "0"], "--rows, --image-size and --workers must be 1 or more"),
+    (["--output", "absent/sheet.png"], "No such file or directory: 'absent/sheet.png'")])
+def test_a_mistake_on_the_command_line_is_one_line(args, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data.py", "demo", "--image-size", "32", *args])
+    with pytest.raises(SystemExit) as stopped:
+        data.main()
+    assert message in stopped.value.code and "\n" not in stopped.value.code
 
 
 @pytest.mark.parametrize("arrange, message", [
