@@ -213,10 +213,19 @@ def short_side(image_size, crop_ratio=0.875):
     return image_size if image_size <= 32 else int(image_size / crop_ratio)
 
 
+def resize_short_side(image, pixels):
+    """Bicubic, aspect kept. Columns, then rows: Pillow's order when the numbers were published, which Pillow
+    13 turns round for images more than twice as tall as wide (in noise every third value is another)."""
+    width, height = image.size
+    size = ((pixels, int(pixels * height / width)) if width <= height else
+            (int(pixels * width / height), pixels))
+    return image.resize((size[0], height), Image.Resampling.BICUBIC).resize(size, Image.Resampling.BICUBIC)
+
+
 def eval_transform(image_size, *, crop_ratio=0.875):
     """RGB Pillow image to the uint8 view (3, S, S) of the published numbers: short side to int(S / 0.875),
     bicubic, then the centre."""
-    resize = transforms.Resize(short_side(image_size, crop_ratio), transforms.InterpolationMode.BICUBIC)
+    resize = partial(resize_short_side, pixels=short_side(image_size, crop_ratio))
     return transforms.Compose([resize, transforms.CenterCrop(image_size), transforms.PILToTensor()])
 
 
@@ -375,7 +384,8 @@ def live_and_die_with_the_run():
 def train_loader(images, sampler, image_size, *, workers=0, **augmentation):
     """Batches as TrainBatches gives them, and with its arguments, in the order of `sampler` (call its
     set_epoch before each epoch)."""
-    return DataLoader(TrainBatches(images, image_size, **augmentation), sampler=Batches(sampler), batch_size=None, **worker_options(workers))
+    dataset = TrainBatches(images, image_size, **augmentation)
+    return DataLoader(dataset, sampler=Batches(sampler), batch_size=None, **worker_options(workers))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -118,6 +118,26 @@ def test_evaluation_view_is_the_short_side_resized_and_the_centre_cut(size, imag
     assert view.dtype == torch.uint8 and torch.equal(view, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
 
 
+def shrink_columns(pixels, size):
+    """(H, W, 3) bytes to (H, size, 3) by the definition of Pillow's bicubic: a = -1/2, widened by the scale, weights in
+    22 bits, the sum rounded to a byte."""
+    width = pixels.shape[1]
+    centres = (np.arange(size) + 0.5) * width / size
+    distance = np.abs(np.arange(width) + 0.5 - centres[:, None]) / (width / size)
+    weights = np.select([distance < 1, distance < 2], [1.5 * distance**3 - 2.5 * distance**2 + 1,
+                                                      -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2], 0)
+    weights = np.round(weights / weights.sum(axis=1, keepdims=True) * 2**22).astype(np.int64)
+    return ((np.einsum("sw,hwc->hsc", weights, pixels.astype(np.int64)) + 2**21) >> 22).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("width, height", [(300, 900), (900, 300), (400, 300)])
+def test_evaluation_resizes_the_columns_first_whatever_the_shape_as_pillow_did_until_12(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    ours = np.asarray(data.resize_short_side(Image.fromarray(pixels), 256))
+    columns = shrink_columns(pixels, ours.shape[1])
+    assert np.array_equal(ours, shrink_columns(columns.swapaxes(0, 1), ours.shape[0]).swapaxes(0, 1))
+
+
 def test_small_images_are_evaluated_whole():
     image = photo(32, 32)
     assert torch.equal(data.eval_transform(32)(image), torch.from_numpy(np.array(image)).permute(2, 0, 1))
