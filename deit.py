@@ -97,18 +97,18 @@ class Attention(nn.Module):
     def attend_from(self, x, queries):                                            # (B, N, D)
         """What `forward` gives for the first `queries` tokens, for little work if those are few.
 
-        q (x K)' = (q K') x' and a (x V) = (a x) V: no token's key or value is computed. The keys' bias
-        adds one number to all scores of a query, which softmax ignores; the values' bias is added in the
-        end, since attention sums to 1.
+        With weights K and V, scores q (x K)' = (q K') x', and for attention a, a (x V) = (a x) V: no
+        token's key or value is computed. The keys' bias adds one number to all scores of a query, which
+        softmax ignores; the values' bias is added at the end, since attention sums to 1.
         """
         (q_weight, *kv_weights), (q_bias, _, v_bias) = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
         k_weight, v_weight = (weight.unflatten(0, (self.heads, -1)) for weight in kv_weights)
         q = F.linear(x[:, :queries], q_weight, q_bias).unflatten(2, (self.heads, -1)) * HEAD_DIM**-0.5
         q = torch.einsum("bqhe,hed->bhqd", q, k_weight)                           # (B, H, queries, D)
         attention = torch.einsum("bhqd,bnd->bhqn", q, x).softmax(dim=3)
-        x = torch.einsum("bhqn,bnd->bhqd", attention, x)
-        x = torch.einsum("bhqd,hed->bqhe", x, v_weight).flatten(2) + v_bias
-        return self.proj(x)                                                       # (B, queries, D)
+        attended = torch.einsum("bhqn,bnd->bhqd", attention, x)
+        values = torch.einsum("bhqd,hed->bqhe", attended, v_weight).flatten(2) + v_bias
+        return self.proj(values)                                                  # (B, queries, D)
 
     def maps(self, x):
         """The attention of every token to every token, written out: each row sums to 1."""

@@ -81,7 +81,7 @@ class Recipe:
     clip_grad: float = flag(0.0, "largest norm of the gradient; 0 (as in the paper) leaves it as it is", 0)
     drop_path: float = flag(0.1, "stochastic depth of the last block, rising from 0 in the first", 0, 0.99)
     label_smoothing: float = flag(0.1, "share of each target spread over all classes", 0, 1)
-    resize: str = flag("torch", "what resizes training crops: torch is faster, pillow gives the official pixels")
+    resize: str = flag("torch", "what resizes training crops: torch is faster, pillow gives timm's pixels")
     rand_augment: float = flag(9.0, "magnitude 0 to 10, mean of Normal(m, 0.5); 0 turns RandAugment off", 0, 10)
     erasing: float = flag(0.25, "probability of erasing a rectangle of a view", 0, 1)
     repeats: int = flag(3, "views of each drawn image in an epoch; 1 turns repeated augmentation off", 1)

@@ -437,7 +437,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=list(BENCHES), default=list(BENCHES),
                         help="some of the races; loader has evaluation too (default all)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, for the models (default 1)")
-    parser.add_argument("--workers", type=int, default=data.usable_cpus(), help="of the loaders (default: all cores)")
+    parser.add_argument("--workers", type=int, default=data.usable_cpus(), help="of the loaders (default: usable CPUs)")
     parser.add_argument("--peak", nargs=2, metavar=("NAME", "SIZE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -454,8 +454,9 @@ def main():
     print(f"{'':<44}{'ours':>12}{'theirs':>12}  {'who':<26}{'ratio':>6}")
     for name, bench in BENCHES.items():
         if name in args.only:
-            if name != "loader":                                         # timm's workers have what a DataLoader gives them
-                # else it is luck whether a model's memory is fetched anew in each call: tiny's ratios were 0.92 to 1.15
+            if name != "loader":
+                # Else it is luck whether a call's memory is fetched from the system anew: tiny's ratios were 0.92 to 1.15.
+                # It cannot be undone and timm's loader workers would inherit it: so the loader's race comes first.
                 data.keep_freed_memory()
             bench(args)
 

@@ -496,9 +496,10 @@ def test_the_contact_sheet_has_a_row_per_picture_and_six_columns(shared_folder):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--output", "sheet.psd"], "--output sheet.psd: give a picture's name"),
+    (["--output", "sheet.psd"], "--output sheet.psd: give the name of a .png"),
     (["--rows", "0"], "--rows, --image-size and --workers must be 1 or more"),
-    (["--output", "absent/sheet.png"], "No such file or directory: 'absent/sheet.png'")])
+    (["--seed", str(2**63)], "--seed from 0 to 2^63 - 1"),
+    (["--output", "absent/sheet.png"], "--output absent/sheet.png: give the name of a .png, .jpg or .webp in a folder")])
 def test_a_mistake_on_the_command_line_is_one_line(args, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data.py", "demo", "--image-size", "32", *args])
     with pytest.raises(SystemExit) as stopped:
