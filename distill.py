@@ -7,8 +7,7 @@ instead of 72.2 %.
 
     python distill.py         works the objectives through on an example small enough for a pencil
 
-Every function takes logits of shape (B, K), B images and K classes, and returns a scalar tensor: the
-mean over images.
+Every function takes logits (B, K), B images and K classes, and returns scalar tensors: means over images.
 """
 import argparse
 
@@ -19,8 +18,7 @@ import torch.nn.functional as F
 def hard_distillation(logits, teacher_logits):
     """Cross-entropy with the teacher's decision as the label: second term of equation 3.
 
-    The label is argmax(teacher_logits), one for each image even where two images were mixed,
-    and it is not smoothed.
+    The label is argmax(teacher_logits), one for each image even where two were mixed, and not smoothed.
     """
     return F.cross_entropy(logits, teacher_logits.argmax(dim=1))
 
@@ -58,10 +56,10 @@ def distillation_loss(class_logits, distillation_logits, targets, teacher_logits
 
 
 def main():
-    argparse.ArgumentParser(
-        description="Works the objectives through on one image and two classes.").parse_args()
-    # With two classes and logits (log a, log b), the softmax is (a, b) / (a + b): every
-    # number below is a fraction.
+    parser = argparse.ArgumentParser(description="Works the objectives through on one image and two classes.")
+    parser.error = lambda message: parser.exit(2, f"distill.py: {message}\n")
+    parser.parse_args()
+    # with two classes and logits (log a, log b) the softmax is (a, b) / (a + b): all numbers are fractions
     class_logits = torch.tensor([[3.0, 1.0]]).log()
     distillation_logits = torch.tensor([[1.0, 1.0]]).log()
     teacher_logits = torch.tensor([[1.0, 4.0]]).log()

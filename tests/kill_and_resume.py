@@ -2,8 +2,8 @@
 
     python tests/kill_and_resume.py [--kills 20] [--processes 1] [--workers 1] [--seed 0] [--elastic]
 
---elastic kills one rank of a run under torchrun --max-restarts, which goes on by itself; otherwise all processes die at
-once and train.py --resume is typed.
+The command is the same each time, with --resume. With --elastic one rank of a run under torchrun --max-restarts is
+killed, and torchrun repeats the command; otherwise all processes die at once, and it is started again.
 
 Prints the step that each kill left saved, and whether it came while the next was being written. Exit status 0 if in the
 end last.pth, best.pth and log.jsonl are the same, tensor by tensor and byte by byte.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from conftest import ROOT, write_folder
+from conftest import ROOT, difference_of_runs, write_folder
 
 
 def start(folder, output, epochs, processes, workers, *more, restarts=0):
@@ -30,17 +30,28 @@ def start(folder, output, epochs, processes, workers, *more, restarts=0):
     if processes > 1:
         program += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                     f"--max-restarts={restarts}"]
-    flags = ["--data", folder, "--image-size", 32, "--batch-size", 16, "--epochs", epochs, "--warmup-epochs", 1, "--ema", 0.9,
-             "--workers", workers, "--output", output, *more]
+    flags = ["--data", folder, "--image-size", 32, "--batch-size", 16, "--epochs", epochs, "--warmup-epochs", 1,
+             "--ema", 0.9, "--workers", workers, "--output", output, *more]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(f"{output}.txt", "w") as printed:
         return subprocess.Popen([*program, str(ROOT / "tests" / "train_with_faults.py"), *map(str, flags)], env=env,
                                 start_new_session=True, stdout=printed, stderr=subprocess.STDOUT)
 
 
+def signal_all(process, number):
+    """Sends a signal to the process and all that it has started: torchrun's are in process groups of their own."""
+    pids = [process.pid]
+    for pid in pids:                                                     # it grows
+        with contextlib.suppress(FileNotFoundError):
+            pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 def kill(process):
-    """SIGKILL for the process and all that it has started, at once."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL for all of its processes at once."""
+    signal_all(process, signal.SIGKILL)
     process.wait()
 
 
@@ -56,38 +67,13 @@ def kill_one_rank(torchrun, rng):
     return victim
 
 
-def compare(a, b, where="last.pth"):
-    """The first difference between two loaded checkpoints, or None. Who started the run, where and how may differ."""
-    if isinstance(a, dict):
-        for key in a.keys() | b.keys():
-            if f"{where}.{key}" in ("last.pth.launch", "last.pth.recipe.output", "last.pth.recipe.resume"):
-                continue
-            if key not in a or key not in b:
-                return f"{where}.{key} is in one of them only"
-            if difference := compare(a[key], b[key], f"{where}.{key}"):
-                return difference
-        return None
-    if isinstance(a, (list, tuple)):
-        return next(filter(None, (compare(x, y, f"{where}[{n}]") for n, (x, y) in enumerate(zip(a, b, strict=True)))), None)
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return None if same else f"{where} differs"
-
-
-def difference(one, other):
-    for name in ("last.pth", "best.pth"):
-        a, b = (torch.load(folder / name, weights_only=True) for folder in (one, other))
-        if found := compare(a, b):
-            return f"{name}: {found}"
-    return None if (one / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes() else "log.jsonl differs"
-
-
 def survive(place, kills, processes, workers, seed, elastic=False):
     """Runs, kills, resumes until it has ended; returns (kills, first difference from a run left alone or None)."""
     folder, last, rng = write_folder(place / "images"), place / "cut" / "last.pth", random.Random(seed)
     printed = place / "cut.txt"
     run = 3 + 2 * kills, processes, workers                              # three steps an epoch, saved at each
-    assert start(folder, place / "whole", *run).wait() == 0
-    process = start(folder, place / "cut", *run, restarts=kills)
+    assert start(folder, place / "whole", *run).wait() == 0, (place / "whole.txt").read_text()[-2000:]
+    process = start(folder, place / "cut", *run, "--resume", restarts=kills)
     for kill_number in range(1, kills + 1):
         wait_for_saves(process, last, rng.randint(1, 2))
         time.sleep(rng.uniform(0, 0.3))
@@ -102,7 +88,7 @@ def survive(place, kills, processes, workers, seed, elastic=False):
             process = start(folder, place / "cut", *run, "--resume")
     if process.wait():
         return kills, f"it failed: {printed.read_text()[-2000:]}"
-    return kills, difference(place / "whole", place / "cut")
+    return kills, difference_of_runs(place / "whole", place / "cut")
 
 
 def wait_for_saves(process, path, number):

@@ -1,8 +1,8 @@
 """The model against timm, transformers and the published numbers."""
 import argparse
-import pathlib
 import pickle
 import sys
+from pathlib import PurePosixPath
 
 import pytest
 import timm
@@ -10,22 +10,13 @@ import torch
 import transformers
 
 import deit
+from conftest import Malicious, randomize, run_main
 
 TIMM_NAMES = {(size, distilled): f"deit_{size}_{'distilled_' * distilled}patch16_224"
               for size in deit.SIZES for distilled in (False, True)}
 PARAMETERS = {("tiny", False): 5_717_416, ("tiny", True): 5_910_800, ("small", False): 22_050_664,
               ("small", True): 22_436_432, ("base", False): 86_567_656, ("base", True): 87_338_192}
 every_model = pytest.mark.parametrize("size, distilled", TIMM_NAMES)
-
-
-def randomize(model):
-    """Weights far enough from the initial ones that every parameter matters."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(centre + 0.06 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def timm_model(size, distilled, **kwargs):
@@ -54,15 +45,6 @@ def test_parameter_names_and_shapes_are_timms(size, distilled):
         ours, theirs = deit.create_model(size, distilled=distilled), timm.create_model(TIMM_NAMES[size, distilled])
     assert len(ours.state_dict()) == (155 if distilled else 152)
     assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in theirs.state_dict().items()}
-
-
-@every_model
-@torch.no_grad()
-def test_logits_are_timms(size, distilled):
-    reference = timm_model(size, distilled)
-    model = deit.create_model(size, distilled=distilled).eval()
-    model.load_state_dict(reference.state_dict())
-    assert_same(model(images()), reference(images()))
 
 
 def test_gradients_are_timms_though_the_last_block_is_trimmed():
@@ -105,8 +87,8 @@ def test_initial_weights_follow_the_official_rules():
 
 def test_drop_path_rises_linearly_from_zero():
     rates = [block.drop_path.p for block in deit.create_model("tiny", drop_path=0.1).blocks]
-    assert rates == pytest.approx([0, .00909, .01818, .02727, .03636, .04545, .05455, .06364, .07273, .08182, .09091, .1],
-                                  abs=1e-5)
+    assert rates == pytest.approx(
+        [0, .00909, .01818, .02727, .03636, .04545, .05455, .06364, .07273, .08182, .09091, .1], abs=1e-5)
 
 
 def test_drop_path_drops_whole_branches_of_single_images():
@@ -164,8 +146,8 @@ def save(tmp_path, content):
 
 @pytest.mark.parametrize("distilled", [False, True])
 @torch.no_grad()
-def test_base_at_384_is_timms(tmp_path, distilled):
-    reference = randomize(timm.create_model(f"deit_base_{'distilled_' * distilled}patch16_384"))
+def test_a_file_for_384_pixels_is_seen_to_be_one_and_gives_timms_logits(tmp_path, distilled):
+    reference = timm_model("tiny", distilled, img_size=384)
     model = deit.load_model(save(tmp_path, {"model": reference.state_dict()}))
     assert (model.image_size, model.pos_embed.shape[1]) == (384, 578 if distilled else 577)
     assert_same(model(images(384, 1)), reference(images(384, 1)))
@@ -173,7 +155,7 @@ def test_base_at_384_is_timms(tmp_path, distilled):
 
 @every_model
 @torch.no_grad()
-def test_official_files_load_with_nothing_but_their_name(tmp_path, size, distilled):
+def test_official_files_load_by_their_name_alone_and_give_timms_logits(tmp_path, size, distilled):
     reference = timm_model(size, distilled)
     path = save(tmp_path, {"model": reference.state_dict(), "args": argparse.Namespace(lr=1e-3), "epoch": 299})
     assert_same(deit.load_model(path)(images()), reference(images()))
@@ -214,19 +196,19 @@ def test_hugging_face_models_load_from_their_saved_files(tmp_path, distilled):
     assert_same(deit.load_model(tmp_path / "model.safetensors")(images(64)), reference(images(64)).logits)
 
 
-def test_safetensors_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+def test_safetensors_without_its_package_names_both(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(OSError, match="model.safetensors': it needs one more package: pip install safetensors"):
-        deit.load_model(tmp_path / "model.safetensors")
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"weights.safetensors: .* safetensors\.torch"):
+        deit.load_model(tmp_path / "weights.safetensors")
 
 
 @pytest.mark.parametrize("distilled", [False, True])
 @torch.no_grad()
 def test_mmpretrain_names_load(tmp_path, distilled):
     reference = timm_model("tiny", distilled)
-    names = [("patch_embed.proj", "patch_embed.projection"), ("norm1", "ln1"), ("norm2", "ln2"), ("blocks.", "layers."),
-             ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1")]
+    names = [("patch_embed.proj", "patch_embed.projection"), ("norm1", "ln1"), ("norm2", "ln2"),
+             ("blocks.", "layers."), ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1")]
     state = {}
     for name, tensor in reference.state_dict().items():
         for ours, theirs in names:
@@ -245,7 +227,8 @@ def test_positions_at_another_size_are_timms_without_antialias():
     resized = timm.layers.resample_abs_pos_embed(state["pos_embed"], (24, 24), num_prefix_tokens=2, antialias=False)
     model = deit.load_model("file", checkpoint={"model": dict(state)}, image_size=384)
     assert torch.allclose(model.pos_embed, resized, atol=1e-6)
-    assert torch.equal(deit.load_model("file", checkpoint={"model": dict(state)}, image_size=224).pos_embed, state["pos_embed"])
+    same = deit.load_model("file", checkpoint={"model": dict(state)}, image_size=224)
+    assert torch.equal(same.pos_embed, state["pos_embed"])
 
 
 def test_a_fresh_head_is_made_only_when_asked_for_and_said(capsys):
@@ -253,7 +236,7 @@ def test_a_fresh_head_is_made_only_when_asked_for_and_said(capsys):
     assert deit.load_model("file", checkpoint=dict(state)).num_classes == 1000 and capsys.readouterr().out == ""
     model = deit.load_model("file", checkpoint=dict(state), num_classes=7)
     assert model.head.out_features == model.head_dist.out_features == 7
-    assert "fresh head for 7 classes in place of the file's 1000" in capsys.readouterr().out
+    assert capsys.readouterr().out == "file: fresh head for 7 classes, not the file's 1000\n"
 
 
 def test_a_plain_model_made_distilled_and_back_is_itself(capsys):
@@ -271,21 +254,46 @@ def test_a_plain_model_made_distilled_and_back_is_itself(capsys):
     assert torch.equal(back(images), plain(images))
 
 
+def put(**tensors):
+    return lambda state: state.update(tensors)
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda state: state.pop("blocks.3.attn.qkv.bias"), "blocks.3.attn.qkv.bias"),
-    (lambda state: state.update(extra=torch.zeros(1)), "extra"),
-    (lambda state: state.update({"norm.weight": torch.zeros(3)}), "norm.weight"),
-    (lambda state: state.pop("head.weight"), "no DeiT: it has no classifier"),
-    (lambda state: state.update({"module.norm.weight": torch.zeros(192)}), "two tensors for 'norm.weight'"),
-    (lambda state: state.update(pos_embed=torch.zeros(1, 190, 192)), "190 positions, which is no square and 1"),
-    (lambda state: state.update(dist_token=torch.zeros(1, 1, 192), pos_embed=torch.zeros(1, 198, 192)), "no distillation head"),
-    (lambda state: state.update(pos_embed=torch.zeros(1, 197)), "found cls_token"),
-    (lambda state: state.pop("pos_embed"), "found cls_token")])
+    (put(extra=torch.zeros(1)), "extra"),
+    (put(**{"norm.weight": torch.zeros(3)}), "norm.weight"),
+    (put(**{"module.norm.weight": torch.zeros(192)}), "two tensors for 'norm.weight'"),
+    (put(dist_token=torch.zeros(1, 1, 192), pos_embed=torch.zeros(1, 198, 192)), "head_dist.weight"),
+    (put(**{"patch_embed.proj.weight": torch.zeros(192, 3, 8, 8)}), "patch_embed.proj.weight"),
+    (lambda state: state.pop("head.weight"), "no DeiT, .* and a classifier, head.weight"),
+    (put(pos_embed=torch.zeros(1, 190, 192)), r"no DeiT, .* a square and 1 positions \(this: 190\)"),
+    (put(cls_token=torch.zeros(1, 1, 1024)), r"no DeiT, which has a width of 192, 384 or 768 \(this: 1024\)"),
+    (put(pos_embed=torch.zeros(1, 197)), "pos_embed"),
+    (put(cls_token=torch.zeros(192)), "weights.pth: "),
+    (lambda state: state.pop("pos_embed"), "no DeiT: expected cls_token, pos_embed, .* found .'cls_token'")])
 def test_nothing_is_loaded_loosely(change, message):
-    state = dict(timm_model("tiny", False).state_dict())
+    state = deit.create_model("tiny").state_dict()
     change(state)
-    with pytest.raises(ValueError, match=message):
-        deit.load_model("file", checkpoint=state)
+    with pytest.raises(ValueError, match=message) as error:
+        deit.load_model("weights.pth", checkpoint=state)
+    assert str(error.value).startswith("weights.pth: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [lambda bias: bias.index_fill(0, torch.tensor(5), float("nan")),
+                                    lambda bias: bias.index_fill(0, torch.tensor(5), float("-inf")),
+                                    torch.Tensor.int, torch.Tensor.bool, lambda bias: bias.to(torch.complex64)])
+def test_weights_that_are_not_finite_floats_are_refused_by_name(change):
+    state = deit.create_model("tiny", image_size=32).state_dict()
+    state["blocks.3.mlp.fc1.bias"] = change(state["blocks.3.mlp.fc1.bias"])
+    with pytest.raises(ValueError, match="weights.pth: its blocks.3.mlp.fc1.bias is not made of finite floating-point"):
+        deit.load_model("weights.pth", checkpoint=state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_become_single(dtype):
+    state = {name: tensor.to(dtype) for name, tensor in deit.create_model("tiny", image_size=32).state_dict().items()}
+    loaded = deit.load_model("file", checkpoint=state).state_dict()
+    assert all(torch.equal(tensor, state[name].float()) for name, tensor in loaded.items())
 
 
 @torch.no_grad()
@@ -293,7 +301,8 @@ def test_a_published_name_is_its_file_in_torch_hubs_cache(tmp_path, monkeypatch)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     reference = timm_model("tiny", True)
-    torch.save({"model": reference.state_dict()}, tmp_path / "hub" / "checkpoints" / deit.PUBLISHED["tiny-distilled"].file)
+    name = "deit_tiny_distilled_patch16_224-b40b3cf7.pth"
+    torch.save({"model": reference.state_dict()}, tmp_path / "hub" / "checkpoints" / name)
     assert_same(deit.load_model("tiny-distilled")(images()), reference(images()))
 
 
@@ -302,15 +311,6 @@ def test_two_urls_with_one_file_name_are_two_files(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, hash_prefix: open(path, "w").write(url))
     paths = [deit.download(f"https://example.org/{name}/pytorch_model.bin") for name in ("a", "b", "a")]
     assert paths[0] == paths[2] != paths[1] and [open(path).read()[20:21] for path in paths] == ["a", "b", "a"]
-
-
-def test_what_blocks_a_file_is_named(tmp_path):
-    torch.save({"model": {}, "when": pathlib.PurePosixPath("x")}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights.pth is not a checkpoint .*: it holds a pathlib\S*PurePosixPath, which"):
-        deit.load_model(tmp_path / "weights.pth")
-    torch.save([1, 2, 3], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="no DeiT in .*list.pth: .* found list"):
-        deit.load_model(tmp_path / "list.pth")
 
 
 def test_a_download_is_checked_against_the_hash_in_its_name(tmp_path, monkeypatch):
@@ -322,28 +322,68 @@ def test_a_download_is_checked_against_the_hash_in_its_name(tmp_path, monkeypatc
         raise RuntimeError(f'invalid hash value (expected "{hash_prefix}", got "0123")')
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with pytest.raises(ValueError, match="https://.* is not a checkpoint .* invalid hash value"):
+    with pytest.raises(ValueError, match="cannot download https://.*-8de9b5d1.pth: invalid hash value"):
         deit.load_model("base-384")
     assert asked == [("https://dl.fbaipublicfiles.com/deit/deit_base_patch16_384-8de9b5d1.pth", "8de9b5d1")]
-
-
-class Malicious:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('executed')",)
 
 
 def test_a_malicious_file_is_refused_and_not_executed(tmp_path):
     (tmp_path / "weights.pth").write_bytes(pickle.dumps({"model": Malicious()}))
     for path in (tmp_path / "weights.pth", save(tmp_path, {"model": Malicious()})):
-        with pytest.raises(ValueError, match="not a checkpoint"):
+        with pytest.raises(ValueError, match="cannot read weights .*weights.pth: "):
             deit.load_model(path)
 
 
-def test_a_file_without_a_deit_says_what_it_holds(tmp_path):
-    with pytest.raises(ValueError, match="found conv.weight, fc.weight"):
-        deit.load_model(save(tmp_path, {"conv.weight": torch.zeros(1), "fc.weight": torch.zeros(1)}))
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        deit.load_model(tmp_path / "notes.txt")
-    with pytest.raises(FileNotFoundError, match="tiny-distilled"):
-        deit.load_model(tmp_path / "absent.pth")
+def test_what_blocks_a_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="cannot read weights .*weights.pth: .* pathlib.PurePosixPath"):
+        deit.load_model(save(tmp_path, {"model": {}, "when": PurePosixPath("x")}))
+
+
+def test_a_flipped_byte_is_found(tmp_path):
+    path = save(tmp_path, {"model": torch.zeros(1000)})
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(100)) + 50] ^= 1                         # torch reads it as another number
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot read weights .*weights.pth: it is damaged: a checksum is wrong"):
+        deit.read_checkpoint(path)
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"conv.weight": torch.zeros(1), "fc.weight": torch.zeros(1)}, "found .'conv.weight', 'fc.weight'"),
+    ([1, 2, 3], "weights.pth: no DeiT: expected"), (5, "weights.pth: ")])
+def test_a_file_without_a_deit_is_named_with_what_it_holds(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        deit.load_model(save(tmp_path, content))
+
+
+def test_a_file_that_is_no_checkpoint_or_is_not_there_is_named(tmp_path):
+    cut = save(tmp_path, {"model": torch.zeros(1000)}).read_bytes()[:3000]
+    for content in (b"", b"hello\nworld\n", b"PK\x03\x04", cut):
+        (tmp_path / "notes.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot read weights .*notes.pth: [^\n]+$"):
+            deit.load_model(tmp_path / "notes.pth")
+    for absent in (tmp_path / "absent.pth", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"no weights file '{absent}': .* tiny-distilled"):
+            deit.load_model(absent)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_the_command_prints_the_eight_published_models(capsys):
+    assert run_main(deit) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert len(rows) == 8
+    for row in rows:
+        size, distilled, large = row[0].split("-")[0], "distilled" in row[0], "384" in row[0]
+        tokens = (576 if large else 196) + (2 if distilled else 1)
+        added = (576 - 196) * deit.SIZES[size][0] if large else 0             # more positions
+        assert [int(cell.replace(",", "")) for cell in row[1:4]] == [
+            tokens, 384 if large else 224, PARAMETERS[size, distilled] + added]
+    assert rows[3][4:] == ["4.6241", "81.164", "95.376", "deit_small_distilled_patch16_224-649709d9.pth"]
+
+
+def test_a_mistake_on_the_command_line_is_one_line(capsys):
+    assert run_main(deit, "--weights", "tiny") == 2
+    assert capsys.readouterr().err == "deit.py: unrecognized arguments: --weights tiny\n"

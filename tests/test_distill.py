@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import distill
+from conftest import run_main
 
 
 def logits(*probabilities):
@@ -47,7 +48,8 @@ def test_only_the_labels_are_smoothed():
 
 def test_mixed_targets_keep_one_teacher_label_per_image():
     targets, teacher = torch.tensor([[0.6, 0.4]]), logits([0.45, 0.55])
-    _, class_term, distillation_term = distill.distillation_loss(logits([0.5, 0.5]), logits([0.9, 0.1]), targets, teacher)
+    _, class_term, distillation_term = distill.distillation_loss(
+        logits([0.5, 0.5]), logits([0.9, 0.1]), targets, teacher)
     assert class_term.item() == pytest.approx(-math.log(0.5))
     assert distillation_term.item() == pytest.approx(-math.log(0.1))
 
@@ -71,3 +73,17 @@ def test_the_official_codes_soft_loss_comes_from_the_alpha_in_the_docstring():
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="choose hard or soft"):
         distill.distillation_loss(*torch.zeros(2, 1, 2), torch.tensor([0]), torch.zeros(1, 2), kind="warm")
+
+
+def test_the_command_prints_what_it_works_out(capsys):
+    assert run_main(distill) == 0
+    results = [float(line.split("= ")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if "= " in line]
+    class_term, hard = math.log(4 / 3), math.log(2)
+    soft = math.log(2 / 5) / 5 + 4 * math.log(8 / 5) / 5
+    assert results == pytest.approx([class_term, hard, (class_term + hard) / 2, soft, 0.9 * class_term + 0.1 * soft,
+                                     4 * (math.log(2 / 3) / 3 + 2 * math.log(4 / 3) / 3)], abs=1e-4)
+
+
+def test_a_mistake_on_the_command_line_is_one_line(capsys):
+    assert run_main(distill, "--alpha", 1) == 2
+    assert capsys.readouterr().err == "distill.py: unrecognized arguments: --alpha 1\n"

@@ -1,5 +1,9 @@
 """Evaluation against an independent loop, on any number of processes."""
+import json
 import re
+import shutil
+from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,285 +11,196 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision import models, transforms
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision import models
 
 import data
 import deit
 import evaluate
-from conftest import run_script
+import teacher
+from conftest import randomize, run_main, run_script
+
+CPU = torch.device("cpu")
+CLASSES = list("abcdefg")
+HEADS = ("class", "distillation", "mean")
+
+
+def scores_of(logits, labels):
+    """What is printed for logits (B, K): top-1, top-5 and mean loss, calculated by numpy."""
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    better = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(axis=1)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+    return f"Acc@1 {100 * np.mean(better < 1):.3f} Acc@5 {100 * np.mean(better < 5):.3f} loss {np.mean(losses):.3f}"
+
+
+def lines_of(heads, labels):
+    """The last four lines of an evaluation: a line per head, and the model's own output."""
+    lines = [f"{name:<13} {scores_of(logits, labels)}" for name, logits in zip(HEADS, heads, strict=True)]
+    return [*lines, f"* {scores_of(heads[-1], labels)}"]
+
+
+@pytest.fixture(scope="module")
+def from_timm(tmp_path_factory):
+    """Random weights of timm's distilled DeiT-tiny for 7 classes at 96 pixels, without names of classes; 14 pictures
+    of as many shapes, of which the centre is cut out; and what timm's model and transform make of them."""
+    root = tmp_path_factory.mktemp("timm")
+    reference = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7, img_size=96)
+    torch.save({"model": randomize(reference, std=0.15).state_dict()}, root / "deit.pth")
+    chain = timm.data.create_transform(96, is_training=False, crop_pct=0.875, interpolation="bicubic")
+    rng, pictures = np.random.default_rng(0), []
+    for n in range(14):
+        path = root / "val" / CLASSES[n // 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.normal(rng.uniform(0, 255, 3), 60, (90 + 9 * n, 210 - 7 * n, 3)).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+        pictures.append(chain(Image.open(path)))
+    images, labels = torch.stack(pictures), [n // 2 for n in range(14)]
+    reference.set_distilled_training(True)
+    with torch.no_grad():                                    # in training mode it gives both heads; nothing is random
+        heads = reference.train()(images)
+    return SimpleNamespace(root=root, weights=root / "deit.pth", images=images, labels=labels,
+                           heads=(*heads, sum(heads) / 2))
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A distilled DeiT-tiny of 3 classes at 32 pixels, whose logits spread."""
-    torch.manual_seed(0)
-    model = deit.create_model("tiny", distilled=True, image_size=32, num_classes=3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    """A distilled DeiT-tiny of 3 classes at 32 pixels, which knows the names of shared_folder's classes."""
+    model = randomize(deit.create_model("tiny", distilled=True, image_size=32, num_classes=3))
     path = tmp_path_factory.mktemp("weights") / "deit.pth"
     torch.save({"model": model.state_dict(), "classes": ["cat", "dog", "owl"]}, path)
     return path
 
 
-def independent_numbers(model, folder):
-    """Top-1, top-5 and mean loss, one image at a time, with transforms put together by hand."""
-    chain = transforms.Compose([transforms.Resize(32, Image.Resampling.BICUBIC), transforms.CenterCrop(32),
-                                transforms.ToTensor(), transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)])
-    hits, losses = [], []
-    for label, name in enumerate(("cat", "dog", "owl")):
-        for path in (folder / "val" / name).iterdir():
-            with torch.no_grad():
-                logits = model(chain(Image.open(path).convert("RGB"))[None])
-            hits.append(int(logits.argmax()) == label)
-            losses.append(F.cross_entropy(logits, torch.tensor([label])).item())
-    return 100 * np.mean(hits), np.mean(losses)
+@pytest.fixture
+def printed_by(capsys):
+    """Runs evaluate.py in this process, without loader workers, and returns the lines it prints."""
+    def run(*args):
+        assert run_main(evaluate, *args, "--workers", 0) == 0, capsys.readouterr().err
+        return capsys.readouterr().out.splitlines()
+    return run
 
 
-def test_numbers_equal_an_independent_loops_on_one_two_and_three_processes(weights, shared_folder):
-    top1, loss = independent_numbers(deit.load_model(weights), shared_folder)
-    outputs = [run_script("evaluate.py", "--weights", weights, "--data", shared_folder, "--batch-size", 4, "--workers", 1,
-                          processes=processes).stdout.splitlines() for processes in (None, 2, 3)]
-    assert outputs[0] == outputs[1] == outputs[2]                        # 15 images: 8 + 7, and 5 + 5 + 5
-    assert outputs[0][-1] == f"* Acc@1 {top1:.3f} Acc@5 100.000 loss {loss:.3f}"
-    assert [line.split()[0] for line in outputs[0][-4:-1]] == ["class", "distillation", "mean"]
-    assert any("15 images; short side to 32, bicubic, centre 32 x 32" in line for line in outputs[0])
-    assert outputs[0][-2].split()[1:] == outputs[0][-1].split()[1:]
-
-
-def test_the_val_folder_itself_gives_the_same(weights, shared_folder):
-    outputs = [run_script("evaluate.py", "--weights", weights, "--data", path).stdout.splitlines()[-4:]
-               for path in (shared_folder, shared_folder / "val")]
-    assert outputs[0] == outputs[1]
-
-
-class Constant(torch.nn.Module):
-    """Logits that are easy to follow: the first ten red pixels."""
-
-    def forward(self, images):
-        return images[:, 0, 0, :10].contiguous()
-
-
-def test_counting_is_exact_for_batches_that_do_not_divide():
-    pixels = torch.randint(0, 256, (23, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(23) % 10
-    logits = data.normalize(pixels)[:, 0, 0, :10]
-    order = logits.argsort(dim=1, descending=True)
-    for batch_size in (1, 4, 23, 64):
-        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(pixels, labels), batch_size=batch_size)
-        score = evaluate.evaluate(Constant(), loader, torch.device("cpu"))["mean"]
-        assert score.images == 23
-        assert score.correct1 == (order[:, 0] == labels).sum()
-        assert score.correct5 == (order[:, :5] == labels[:, None]).sum()
-        assert score.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=1e-6)
-
-
-def test_agreement_counts_each_heads_decisions_that_are_the_teachers(shared_folder, capsys, monkeypatch, tmp_path):
-    torch.manual_seed(0)
-    student = evaluate.deit.create_model("tiny", distilled=True, image_size=32, num_classes=3).eval()
-    guide = evaluate.teacher.create_regnet("regnet_x_400mf", 3).train()
-    images = torch.stack([evaluate.data.eval_transform(32)(image) for image, _ in data.open_split(shared_folder, train=False).images])
-    images = data.normalize(images)
-    with torch.no_grad():
-        guide(images)                                                    # batch statistics that tell the images apart
-        student.head.weight.mul_(100)
-        student.head_dist.weight.mul_(100)
-        decided = guide.eval()(images).argmax(dim=1)
-        own = [logits.argmax(dim=1) for logits in student.forward_heads(images)]
-    expected = [100 * (head == decided).double().mean().item() for head in own]
-    torch.save(student.state_dict(), tmp_path / "student.pth")
-    torch.save(guide.state_dict(), tmp_path / "teacher.pth")
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--weights", str(tmp_path / "student.pth"), "--data", str(shared_folder),
-                                     "--workers", "0", "--teacher", str(tmp_path / "teacher.pth")])
-    evaluate.main()
-    printed = capsys.readouterr().out
-    assert 0 < expected[0] < 100 or 0 < expected[1] < 100
-    for head, value in zip(("class", "distillation"), expected):
-        assert re.search(rf"^{head} .* agreement with the teacher {value:.3f}$", printed, re.MULTILINE), printed
-
-
-def test_a_loss_that_is_not_finite_is_nan():
-    score = evaluate.Score(*evaluate.count(torch.tensor([[0.0, float("nan")], [1.0, 2.0]]), torch.tensor([1, 1])).tolist())
-    assert np.isnan(score.loss) and score.images == 2
-
-
-def test_a_teacher_is_evaluated_like_any_other_model(shared_folder, tmp_path):
-    model = evaluate.teacher.create_regnet("regnet_x_400mf", 3)
-    torch.save({"model": model.state_dict(), "recipe": {"image_size": 48}}, tmp_path / "teacher.pth")
-    lines = run_script("evaluate.py", "--weights", tmp_path / "teacher.pth", "--data", shared_folder).stdout.splitlines()
-    assert "image size 48" in lines[0] and re.fullmatch(r"\* Acc@1 \d+\.\d{3} Acc@5 100\.000 loss \d+\.\d{3}", lines[-1])
-
-
-def evaluate_in_process(monkeypatch, capsys, *args):
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main()
-    captured = capsys.readouterr()
-    return stop.value.code, captured.err
-
-
-@pytest.mark.parametrize("args, message", [
-    (["--weights", "{weights}", "--data", "absent"], "no dataset 'absent'"),
-    (["--weights", "{weights}", "--data", "demo"], "the weights are for other classes than the data: 10 of 10 folder(s) unknown"),
-    (["--weights", "{text}", "--data", "{data}"], "is not a checkpoint"),
-    (["--weights", "absent.pth", "--data", "{data}"], "no weights file 'absent.pth'"),
-    (["--weights", "{weights}", "--data", "{data}", "--image-size", "33"], "try 32"),
-    (["--weights", "{weights}", "--data", "{data}", "--crop-ratio", "0"], "--crop-ratio above 0 and at most 1"),
-    (["--weights", "{weights}", "--data", "{data}", "--modle", "tiny"], "unrecognized arguments: --modle"),
-    (["--weights", "{weights}", "--image", "absent.jpg"], "cannot read image absent.jpg"),
-    (["--weights", "{weights}", "--data", "{data}", "--attention", "map.png"], "one or the other"),
-    (["--weights", "{weights}"], "give --data DIR to evaluate on, or --image FILE")])
-def test_a_mistake_is_one_line_and_a_status(args, message, weights, shared_folder, tmp_path, monkeypatch, capsys):
-    text = tmp_path / "notes.pth"
-    text.write_text("hello\nworld\n")
-    args = [arg.format(weights=weights, data=shared_folder, text=text) for arg in args]
-    status, printed = evaluate_in_process(monkeypatch, capsys, *args)
-    assert status not in (0, None) and message in printed
-    assert printed.count("\n") == 1 and "Traceback" not in printed
-
-
-def test_other_class_names_are_refused(weights, tmp_path, monkeypatch, capsys):
-    for name in ("cat", "dog", "pig"):
-        (tmp_path / "val" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "val" / name / "1.png")
-    status, printed = evaluate_in_process(monkeypatch, capsys, "--weights", weights, "--data", tmp_path)
-    assert status == 1 and "1 of 3 folder(s) unknown to the model, such as 'pig'; it knows 'cat'" in printed
+def part_of(source, root, classes):
+    """root/val with some of source's class folders."""
+    for name in classes:
+        shutil.copytree(source / name, root / "val" / name)
+    return root
 
 
 # ---------------------------------------------------------------------------------------------------
-# Parts of ImageNet, and what is published
+# The numbers
 
 
-def imagenet_model(classes=None):
-    return evaluate.Loaded(None, 224, 1000, classes)
+# 14 images in batches of 4: 14, 7 + 7 or 5 + 5 + 4 for each process
+@pytest.mark.parametrize("processes, workers", [(None, 0), (2, 1), (3, 0)])
+def test_numbers_equal_timms_on_any_number_of_processes(processes, workers, from_timm):
+    done = run_script("evaluate.py", "--weights", from_timm.weights, "--data", from_timm.root, "--batch-size", 4,
+                      "--workers", workers, processes=processes)
+    lines = done.stdout.splitlines()
+    assert lines[-4:] == lines_of(from_timm.heads, from_timm.labels)
+    assert [line for line in lines if "14 images; short side to 109, bicubic, centre 96 x 96" in line] == lines[1:2]
 
 
-WORDNET_IDS = [f"n{number:08d}" for number in range(10, 1010)]
-
-
-def test_a_part_of_imagenet_is_matched_by_the_ids_of_a_reference_folder(tmp_path):
-    for name in WORDNET_IDS:
-        (tmp_path / name).mkdir()
-    part = [WORDNET_IDS[7], WORDNET_IDS[300], WORDNET_IDS[999]]
-    assert evaluate.match_classes(part, imagenet_model(), str(tmp_path)) == [7, 300, 999]
-    assert evaluate.match_classes(part, imagenet_model(WORDNET_IDS), None) == [7, 300, 999]
-    assert evaluate.match_classes(WORDNET_IDS, imagenet_model(), None) is None
-    with pytest.raises(ValueError, match="add --reference DIR"):
-        evaluate.match_classes(part, imagenet_model(), None)
-
-
-def test_numbered_folders_are_imagenets_labels_in_their_own_order():
-    folders = sorted(str(number) for number in range(1000))              # as ImageNet-V2: "0", "1", "10", "100", ...
-    assert evaluate.match_classes(folders, imagenet_model(), None)[:4] == [0, 1, 10, 100]
-
-
-def test_an_incomplete_reference_is_refused(tmp_path):
-    (tmp_path / WORDNET_IDS[0]).mkdir()
-    with pytest.raises(ValueError, match="has 1 class folders .*: give a complete"):
-        evaluate.match_classes(WORDNET_IDS[:5], imagenet_model(), str(tmp_path))
-
-
-def test_matched_classes_are_scored_among_themselves():
-    pixels = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels, columns = torch.arange(12) % 3, [8, 2, 5]
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(pixels, labels), batch_size=5)
-    score = evaluate.evaluate(Constant(), loader, torch.device("cpu"), columns=columns)["mean"]
-    logits = torch.stack([data.normalize(pixels)[:, 0, 0, column] for column in columns], dim=1)
-    assert score.correct1 == (logits.argmax(dim=1) == labels).sum()
-    assert score.loss == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
-
-
-def test_a_part_of_the_classes_is_evaluated_by_the_command_line(weights, shared_folder, tmp_path):
-    (tmp_path / "val").mkdir()
+def test_a_rank_without_images_counts_none(weights, shared_folder, tmp_path, printed_by):
     for name in ("dog", "owl"):
-        (tmp_path / "val" / name).symlink_to(shared_folder / "val" / name)
-    output = run_script("evaluate.py", "--weights", weights, "--data", tmp_path).stdout
-    assert "the data has 2 of the model's 3 classes: matched by name" in output and "10 images" in output
+        (tmp_path / "val" / name).mkdir(parents=True)
+        shutil.copy(shared_folder / "val" / name / "0.jpg", tmp_path / "val" / name)
+    guide = randomize(teacher.create_regnet("regnet_x_400mf", 3))
+    torch.save({"model": guide.state_dict(), "classes": ["cat", "dog", "owl"]}, tmp_path / "teacher.pth")
+    args = "--weights", weights, "--data", tmp_path, "--teacher", tmp_path / "teacher.pth"
+    done = run_script("evaluate.py", *args, "--workers", 0, processes=3)
+    assert done.stdout.splitlines() == printed_by(*args)
 
 
-@pytest.mark.parametrize("top1, images, size, expected", [
-    (74.40, 50_000, 224, "difference -0.076 +0.000: within noise"), (60.0, 50_000, 224, "check your data"),
-    (74.4, 49_999, 224, "not comparable, these are 49,999 images"), (74.4, 50_000, 384, "not comparable, published at 224")])
-def test_published_weights_are_compared_with_what_was_published(top1, images, size, expected):
-    score = evaluate.Score(images, round(top1 * images / 100), round(0.9192 * images), 0, 0)
-    for weights in ("tiny-distilled", "some/where/deit_tiny_distilled_patch16_224-b40b3cf7.pth"):
-        assert expected in evaluate.verdict(weights, size, 0.875, score)
-    assert evaluate.verdict("mine.pth", size, 0.875, score) is None
+def test_the_val_folder_itself_gives_the_same(from_timm, printed_by):
+    one, other = (printed_by("--weights", from_timm.weights, "--data", path)
+                  for path in (from_timm.root, from_timm.root / "val"))
+    assert one[-4:] == other[-4:]
 
 
-def test_a_folder_that_is_not_the_validation_set_is_noted(shared_folder):
-    split = data.open_split(shared_folder, train=False)
-    notes = evaluate.imagenet_notes(split, imagenet_model())
-    assert "not WordNet ids (n01440764, ...) but 'cat'" in notes[0]
-    assert "3 of 3 classes do not have 50 images (cat has 5): it is not the whole validation set" in notes[1]
-    assert len(evaluate.imagenet_notes(split, imagenet_model(split.classes))) == 1       # matched by name: no first note
-
-
-@pytest.mark.parametrize("folder, message", [
-    (WORDNET_IDS + ["misc"], "1 folder\\(s\\) are not WordNet ids, such as 'misc': move them away"),
-    (WORDNET_IDS[1:], "class folders are missing"), (["1", "2", "102"], "give the data the model was trained for"),
-    (WORDNET_IDS + ["n09999999"], "more than ImageNet-1k")])
-def test_missing_and_extra_class_folders_are_told_apart(folder, message):
-    with pytest.raises(ValueError, match=message):
-        evaluate.match_classes(sorted(folder), imagenet_model())
-
-
-@pytest.fixture(scope="module")
-def imagenet_like(tmp_path_factory):
-    """A published file's name on random weights, and 1,000 class folders of one 8 x 8 picture."""
-    place = tmp_path_factory.mktemp("imagenet")
-    torch.manual_seed(0)
-    weights = place / "deit_tiny_patch16_224-a1311bcf.pth"
-    model, average = (deit.create_model("tiny", image_size=32).state_dict() for _ in range(2))
-    torch.save({"model": model, "model_ema": average}, weights)
-    for name in WORDNET_IDS:
-        (place / "val" / name).mkdir(parents=True)
-        pixels = np.random.default_rng(int(name[1:])).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / "val" / name / "1.png")
-    return weights, place / "val"
-
-
-def run_in_process(monkeypatch, capsys, *args):
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, args)])
-    evaluate.main()
-    return capsys.readouterr().out.splitlines()
-
-
-def test_every_flag_of_evaluate_does_what_it_says(imagenet_like, tmp_path, monkeypatch, capsys):
-    weights, val = imagenet_like
-    (tmp_path / "val").mkdir()
-    for name in WORDNET_IDS[5:25]:
-        (tmp_path / "val" / name).symlink_to(val / name)
-    whole = run_in_process(monkeypatch, capsys, "--weights", weights, "--data", val, "--workers", 0)
-    assert any(line.startswith("note: 1000 of 1000 classes do not have 50 images") for line in whole)
-    assert whole[-2].startswith("published: Acc@1 72.202 Acc@5 91.124; difference -") and "1,000 images" in whole[-2]
-    part = run_in_process(monkeypatch, capsys, "--weights", weights, "--data", tmp_path, "--reference", val, "--workers", 0)
-    assert any("the data has 20 of the model's 1000 classes" in line for line in part)
-    averaged = run_in_process(monkeypatch, capsys, "--weights", weights, "--data", val, "--workers", 0, "--ema")
-    assert averaged[-1] != whole[-1]
-    larger = [run_in_process(monkeypatch, capsys, "--weights", weights, "--data", tmp_path, "--reference", val, "--workers", 0,
-                             "--image-size", 48, "--crop-ratio", ratio) for ratio in (0.875, 0.5)]
-    assert "short side to 54" in larger[0][1] and "short side to 96" in larger[1][1] and larger[0][-1] != larger[1][-1]
-
-
-def test_whole_folder_numbers_equal_an_independent_loops_where_the_picture_is_cut(tmp_path):
-    reference = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=2, img_size=96).eval()
+@pytest.mark.parametrize("ratio", [0.875, 0.5])
+def test_another_image_size_and_crop_are_used(ratio, from_timm, printed_by):
+    chain = timm.data.create_transform(48, is_training=False, crop_pct=ratio, interpolation="bicubic")
+    images = torch.stack([chain(image) for image, _ in data.Folder(from_timm.root / "val")])
     with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
-    torch.save(reference.state_dict(), tmp_path / "timm.pth")
-    chain = timm.data.create_transform(96, is_training=False, crop_pct=0.875, interpolation="bicubic")
-    rng, hits, losses = np.random.default_rng(0), [], []
-    for n in range(10):
-        path = tmp_path / "val" / "ab"[n % 2] / f"{n}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (90 + 9 * n, 170 - 7 * n, 3), dtype=np.uint8)).save(path)
-        with torch.no_grad():
-            logits = reference(chain(Image.open(path).convert("RGB"))[None])
-        hits.append(int(logits.argmax()) == n % 2)
-        losses.append(F.cross_entropy(logits, torch.tensor([n % 2])).item())
-    output = run_script("evaluate.py", "--weights", tmp_path / "timm.pth", "--data", tmp_path, "--workers", 1, processes=2).stdout
-    assert output.splitlines()[-1] == f"* Acc@1 {100 * np.mean(hits):.3f} Acc@5 100.000 loss {np.mean(losses):.3f}"
+        logits = deit.load_model(from_timm.weights, image_size=48)(images)
+    lines = printed_by("--weights", from_timm.weights, "--data", from_timm.root, "--image-size", 48, "--crop-ratio",
+                       ratio)
+    assert lines[-1] == f"* {scores_of(logits, from_timm.labels)}"
+
+
+class Spy(torch.nn.Module):
+    """Logits that are easy to follow, the first ten red pixels; keeps what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches, self.benchmark = [], []
+
+    def forward(self, images):
+        self.batches.append(len(images))
+        self.benchmark.append(torch.backends.cudnn.benchmark)
+        return images[:, 0, 0, :10].contiguous()
+
+
+def random_loader(number, batch_size):
+    pixels = torch.randint(0, 256, (number, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(number) % 10
+    loader = DataLoader(TensorDataset(pixels, labels), batch_size=batch_size)
+    return loader, data.normalize(pixels)[:, 0, 0, :10], labels
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 23, 64])
+def test_counting_is_exact_for_batches_that_do_not_divide(batch_size):
+    loader, logits, labels = random_loader(23, batch_size)
+    score = evaluate.evaluate(Spy(), loader, CPU)["mean"]
+    order = logits.argsort(dim=1, descending=True)
+    assert (score.images, score.correct1, score.correct5) == (
+        23, (order[:, 0] == labels).sum(), (order[:, :5] == labels[:, None]).sum())
+    assert score.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=1e-6)
+
+
+def test_the_model_sees_batches_of_one_size():
+    model = Spy()
+    evaluate.evaluate(model, random_loader(11, 4)[0], CPU)
+    assert model.batches == [4, 4, 4]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_cudnn_does_not_choose_by_timing_and_may_again_afterwards(before, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    model = Spy().train(before)
+    evaluate.evaluate(model, random_loader(11, 4)[0], CPU)
+    assert not any(model.benchmark)
+    assert (torch.backends.cudnn.benchmark, model.training) == (before, before)
+
+
+def regnet_for(images):
+    """A small RegNet of 7 classes with fresh weights that tells the images apart: with their batch statistics, and a
+    bias that takes away what they have in common."""
+    torch.manual_seed(1)
+    model = teacher.create_regnet("regnet_x_400mf", 7).train()
+    with torch.no_grad():
+        model(images)
+        model.fc.bias -= model.eval()(images).mean(dim=0)
+    return model
+
+
+def test_agreement_counts_each_heads_decisions_that_are_the_teachers(from_timm, tmp_path, printed_by):
+    guide = regnet_for(from_timm.images)
+    torch.save(guide.state_dict(), tmp_path / "teacher.pth")
+    lines = printed_by("--weights", from_timm.weights, "--data", from_timm.root, "--teacher", tmp_path / "teacher.pth",
+                       "--batch-size", 4)
+    with torch.no_grad():
+        decided = guide(from_timm.images).argmax(dim=1)
+    expected = [100 * (head.argmax(dim=1) == decided).double().mean() for head in from_timm.heads]
+    assert [line.rsplit(" ", 1)[1] for line in lines[-4:-1]] == [f"{value:.3f}" for value in expected]
+    assert len(set(expected)) == 3                           # so that one head's for another's would be noticed
+
+
+def test_a_loss_that_is_not_finite_is_nan():
+    logits = torch.tensor([[0.0, float("nan")], [1.0, 2.0]])
+    score = evaluate.Score(*evaluate.count(logits, torch.tensor([1, 1])).tolist())
+    assert np.isnan(score.loss) and score.images == 2
 
 
 def test_one_process_per_machine_goes_first(monkeypatch):
@@ -293,49 +208,220 @@ def test_one_process_per_machine_goes_first(monkeypatch):
     monkeypatch.setattr(evaluate.dist, "barrier", lambda: order.append("barrier"))
     for local_rank in (0, 1):
         order.append(f"process {local_rank}")
-        with evaluate.one_per_machine_first(evaluate.Place(torch.device("cpu"), local_rank, 2, local_rank, 2, 0)):
+        with evaluate.local_rank_zero_first(evaluate.World(CPU, local_rank, 2, local_rank, 2)):
             order.append("download")
     assert order == ["process 0", "download", "barrier", "process 1", "barrier", "download"]
 
 
-def test_averaged_weights_of_a_regnet_are_evaluated_when_asked_for(tmp_path):
-    states = [evaluate.teacher.create_regnet("regnet_x_400mf", 3).state_dict() for _ in range(2)]
-    torch.save({"model": states[0], "model_ema": states[1]}, tmp_path / "teacher.pth")
+# ---------------------------------------------------------------------------------------------------
+# Weights and classes
+
+
+def test_a_teacher_is_evaluated_at_the_size_it_was_trained_at(from_timm, tmp_path, printed_by):
+    model = regnet_for(from_timm.images)
+    torch.save({"model": model.state_dict(), "recipe": {"image_size": 96}}, tmp_path / "teacher.pth")
+    with torch.no_grad():
+        logits = model(from_timm.images)
+    lines = printed_by("--weights", tmp_path / "teacher.pth", "--data", from_timm.root)
+    assert lines[-1] == f"* {scores_of(logits, from_timm.labels)}"
+
+
+@pytest.mark.parametrize("create, parameter", [
+    (lambda: deit.create_model("tiny", image_size=32, num_classes=3), "head.weight"),
+    (lambda: teacher.create_regnet("regnet_x_400mf", 3), "fc.weight")])
+def test_averaged_weights_are_evaluated_when_asked_for(create, parameter, tmp_path):
+    states = [create().state_dict() for _ in range(2)]
+    torch.save({"model": states[0], "averaged_model": states[1]}, tmp_path / "last.pth")
     for ema, state in zip((False, True), states):
-        assert torch.equal(evaluate.load_any(str(tmp_path / "teacher.pth"), ema=ema).model.fc.weight, state["fc.weight"])
+        loaded = evaluate.load_any(str(tmp_path / "last.pth"), ema=ema)
+        assert torch.equal(loaded.state_dict()[parameter], state[parameter])
+
+
+def test_published_weights_are_shown_with_what_was_published(from_timm, tmp_path, printed_by, monkeypatch):
+    path = shutil.copy(from_timm.weights, tmp_path / "deit_tiny_distilled_patch16_224-b40b3cf7.pth")
+    monkeypatch.setitem(deit.URLS, "tiny-distilled", str(path))
+    for source, lines in ((path, 1), ("tiny-distilled", 1), (from_timm.weights, 0)):
+        printed = printed_by("--weights", source, "--data", from_timm.root)
+        assert sum(line.startswith("published: Acc@1 74.476 Acc@5 91.920") for line in printed) == lines
+
+
+def known(classes, number=1000):
+    return SimpleNamespace(num_classes=number, classes=classes)
+
+
+WORDNET_IDS = [f"n{number:08d}" for number in range(10, 1010)]
+PART = [WORDNET_IDS[7], WORDNET_IDS[300], WORDNET_IDS[999]]
+
+
+def test_a_part_of_imagenet_is_matched_by_the_ids_of_a_reference_folder(tmp_path):
+    for name in WORDNET_IDS:
+        (tmp_path / name).mkdir()
+    assert evaluate.class_indices(PART, known(None), tmp_path) == [7, 300, 999]
+
+
+def test_a_part_of_the_classes_is_matched_by_the_names_in_the_checkpoint():
+    assert evaluate.class_indices(PART, known(WORDNET_IDS)) == [7, 300, 999]
+    assert evaluate.class_indices(WORDNET_IDS, known(WORDNET_IDS)) is None
+
+
+def test_numbered_folders_are_labels_in_the_order_of_the_numbers():
+    folders = sorted(str(number) for number in range(1000))              # as ImageNet-V2: "0", "1", "10", "100", ...
+    expected = [int(name) for name in folders]
+    assert evaluate.class_indices(folders, known(None)) == expected
+    assert evaluate.class_indices(folders, known(WORDNET_IDS)) == expected
+
+
+def test_a_checkpoint_trained_on_numbered_folders_keeps_their_order():
+    folders = sorted(str(number) for number in range(12))                # "0", "1", "10", "11", "2", ...
+    assert evaluate.class_indices(folders, known(folders, 12)) is None
+
+
+@pytest.mark.parametrize("folders, model, message", [
+    (["cat", "dog", "pig"], known(["cat", "dog", "owl"], 3), r"other classes: 1 of 3 folder\(s\).*unknown.*'pig'"),
+    (WORDNET_IDS + ["misc"], known(WORDNET_IDS), r"1 of 1001 folder\(s\).*'misc'"),
+    (PART, known(None), r"knows 1000 classes and the data has 3 .*add --reference DIR"),
+    (["1", "2", "102"], known(None), "knows 1000 classes and the data has 3")])
+def test_classes_that_do_not_fit_are_refused(folders, model, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.class_indices(folders, model)
+
+
+def test_an_incomplete_reference_is_refused(tmp_path):
+    (tmp_path / WORDNET_IDS[0]).mkdir()
+    with pytest.raises(ValueError, match="has 1 class folders .*: give a complete"):
+        evaluate.class_indices(WORDNET_IDS[:5], known(None), tmp_path)
+
+
+def test_matched_classes_are_scored_among_themselves(from_timm, tmp_path, printed_by):
+    part = part_of(from_timm.root / "val", tmp_path, "bg")
+    lines = printed_by("--weights", from_timm.weights, "--data", part, "--reference", from_timm.root / "val")
+    heads = [head[[2, 3, 12, 13]][:, [1, 6]] for head in from_timm.heads]
+    assert lines[-4:] == lines_of(heads, [0, 0, 1, 1])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def refused(capsys, *args):
+    """The exit status, and the line that is all that is printed."""
+    status = run_main(evaluate, *args)
+    captured = capsys.readouterr()
+    assert status and re.fullmatch("evaluate.py: .*\n", captured.err), captured.err
+    return status, captured.err
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--weights", "{weights}", "--data", "absent"], "no dataset 'absent'"),
+    (["--weights", "{weights}", "--data", "demo"], "the weights are for other classes"),
+    (["--weights", "{text}", "--data", "{data}"], "cannot read weights"),
+    (["--weights", "absent.pth", "--data", "{data}"], "no weights file 'absent.pth'"),
+    (["--weights", "{weights}", "--data", "{data}", "--image-size", "33"], "try 32"),
+    (["--weights", "{weights}", "--data", "{data}", "--crop-ratio", "0"], "0: it must be from 0.1 to 1"),
+    (["--weights", "{weights}", "--data", "{data}", "--batch-size", "many"], "invalid int value: 'many'"),
+    (["--weights", "{weights}", "--data", "{data}", "--modle", "tiny"], "unrecognized arguments: --modle"),
+    (["--weights", "{weights}", "--data", "{data}", "--ema"], "no averaged weights"),
+    (["--weights", "{weights}", "--image", "absent.jpg"], "cannot read image absent.jpg"),
+    (["--weights", "{weights}", "--data", "{data}", "--attention", "map.png"], "--attention with --image"),
+    (["--weights", "{weights}", "--image", "{jpg}", "--attention", "absent/map.png"], "absent/map.png"),
+    (["--weights", "{weights}"], "give --data DIR to evaluate on, or --image FILE")])
+def test_a_mistake_is_one_line_and_a_status(args, message, weights, shared_folder, tmp_path, capsys):
+    text = tmp_path / "notes.pth"
+    text.write_text("hello\nworld\n")
+    jpg = shared_folder / "val" / "cat" / "0.jpg"
+    args = [arg.format(weights=weights, data=shared_folder, text=text, jpg=jpg) for arg in args]
+    assert message in refused(capsys, *args)[1]
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def put_in_a_nan(path):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["norm.bias"][7] = float("nan")
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, put_in_a_nan])
+def test_damaged_weights_are_refused_with_status_1(damage, weights, shared_folder, tmp_path, capsys):
+    path = tmp_path / "damaged.pth"
+    damage(shutil.copy(weights, path))
+    status, line = refused(capsys, "--weights", path, "--data", shared_folder)
+    assert status == 1 and str(path) in line
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@pytest.mark.parametrize("environment", [
+    {"RANK": "abc", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+    {"RANK": "-1", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+    {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+    {"WORLD_SIZE": "2"}, {"RANK": "0"}, {"LOCAL_RANK": "1"}])
+def test_an_impossible_environment_is_one_line(environment, weights, shared_folder, monkeypatch, capsys):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    status, line = refused(capsys, "--weights", weights, "--data", shared_folder)
+    assert status == 1 and all(name in line for name in environment)
+
+
+def test_torchruns_error_file_gets_the_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    _, line = refused(capsys, "--weights", "absent.pth", "--data", "demo")
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == line.strip()
+
+
+def test_torchrun_shows_what_only_the_second_process_ran_into(weights, shared_folder, tmp_path):
+    root = part_of(shared_folder / "val", tmp_path, ["cat", "dog", "owl"])
+    (root / "val" / "cat" / "1.jpg").write_text("not a picture")         # the second image is the second process's
+    done = run_script("evaluate.py", "--weights", weights, "--data", root, "--workers", 1, processes=2, check=False)
+    message = f"evaluate.py: cannot read image {root / 'val' / 'cat' / '1.jpg'}"
+    assert done.returncode == 1 and done.stderr.count(message) == 1, done.stderr
+    assert "DataLoader worker" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------
 # Pictures
 
 
-@pytest.mark.parametrize("size", [(1, 40), (500, 333), (333, 500), (224, 224), (1000, 37)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA"])
-def test_what_the_model_sees_is_timms_evaluation_transform_of_any_picture(size, mode, tmp_path):
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
-    path = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
-    image.save(path)
+def test_what_the_model_sees_is_timms_evaluation_transform_of_any_picture(mode, tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
     chain = timm.data.create_transform(224, is_training=False, crop_pct=0.875, interpolation="bicubic")
-    expected = chain(Image.open(path).convert("RGB"))
-    assert torch.equal(data.normalize(data.eval_transform(224)(data.read_rgb(path))[None])[0], expected)
+    for width, height in ((1, 40), (500, 333), (333, 500), (224, 224), (1000, 37)):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode).save(path)
+        seen = data.normalize(data.eval_transform(224)(data.read_rgb(path))[None])[0]
+        assert torch.equal(seen, chain(Image.open(path).convert("RGB"))), (width, height)
 
 
-def test_pictures_get_their_five_likeliest_classes(weights, shared_folder):
-    path = shared_folder / "val" / "owl" / "2.jpg"
-    lines = run_script("evaluate.py", "--weights", weights, "--image", path).stdout.splitlines()
-    image = data.normalize(data.eval_transform(32)(Image.open(path))[None])
-    with torch.no_grad():
-        probabilities = deit.load_model(weights)(image).softmax(dim=1)[0]
-    expected = sorted(zip(probabilities.tolist(), ("cat", "dog", "owl")), reverse=True)
-    assert lines == [str(path)] + [f"  {100 * probability:6.2f} %  {name}" for probability, name in expected]
+def test_pictures_get_their_five_likeliest_classes(from_timm, printed_by):
+    order = [9, 0]
+    paths = [from_timm.root / "val" / CLASSES[n // 2] / f"{n}.png" for n in order]
+    probabilities = from_timm.heads[-1][order].double().softmax(dim=1)
+    expected = []
+    for path, row in zip(paths, probabilities.tolist()):
+        best = sorted(zip(row, range(7)), reverse=True)[:5]
+        expected += [str(path), *(f"  {100 * probability:6.2f} %  class {label}" for probability, label in best)]
+    assert printed_by("--weights", from_timm.weights, "--image", *paths) == expected
 
 
 def test_imagenet_models_get_torchvisions_names():
-    names = evaluate.class_names(imagenet_model())
-    assert len(names) == 1000 and names[0] == "tench" and names == models.ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
-    assert evaluate.class_names(imagenet_model(WORDNET_IDS)) == names
-    assert evaluate.class_names(evaluate.Loaded(None, 32, 2, ["a", "b"])) == ["a", "b"]
+    names = models.ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
+    assert names[0] == "tench"
+    assert evaluate.class_names(known(None)) == evaluate.class_names(known(WORDNET_IDS)) == names
+
+
+def test_other_models_get_the_names_in_the_checkpoint():
+    assert evaluate.class_names(known(["a", "b"], 2)) == ["a", "b"]
 
 
 def test_rollout_and_last_block_are_what_the_figure_shows(weights, monkeypatch):
@@ -352,20 +438,27 @@ def test_rollout_and_last_block_are_what_the_figure_shows(weights, monkeypatch):
             rollout = (mixed / mixed.sum(axis=1, keepdims=True)) @ rollout
         expected = [maps[n, -1].mean(0)[0, 2:], rollout[0, 2:], maps[n, -1].mean(0)[1, 2:], rollout[1, 2:]]
         assert all(np.allclose(ours[n], theirs, atol=1e-5) for ours, theirs in zip(shown, expected, strict=True))
-    assert list(columns) == ["picture", "class, last block", "class, rollout", "distillation, last block", "distillation, rollout"]
+    assert list(columns) == ["picture"] + [f"{token}, {name}" for token, name in product(
+        ("class", "distillation"), ("last block", "rollout"))]
 
 
 def test_the_figure_is_yellow_where_the_attention_is_and_grey_where_it_is_least():
     images = data.normalize(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8))
     patches = torch.tensor([[0.1] * 10 + [0.9] + [0.1] * 5])             # row 2, column 2 of 4 x 4
-    mean, std = data.mean_and_std(torch.device("cpu"))
-    red, _, blue = (evaluate.highlight(images, patches)[0] * std + mean).unbind()
+    red, _, blue = data.denormalize(evaluate.highlight(images, patches))[0].unbind()
     row, column = divmod(int((red - blue).argmax()), 64)
     assert (row // 16, column // 16) == (2, 2) and (red - blue)[row, column] > 0.6
     assert torch.allclose(red[:24, :24], blue[:24, :24], atol=1e-6)
 
 
-def test_the_attention_figure_is_written_by_the_command_line(weights, shared_folder, tmp_path):
+def test_the_attention_figure_is_written_by_the_command_line(weights, shared_folder, tmp_path, printed_by):
     paths = [shared_folder / "val" / "cat" / "0.jpg", shared_folder / "val" / "dog" / "0.jpg"]
-    done = run_script("evaluate.py", "--weights", weights, "--image", *paths, "--attention", tmp_path / "map.png")
-    assert Image.open(tmp_path / "map.png").width > 5 * 150 and "class and distillation token" in done.stdout
+    lines = printed_by("--weights", weights, "--image", *paths, "--attention", tmp_path / "map.png")
+    assert Image.open(tmp_path / "map.png").width > 5 * 150 and "class and distillation token" in lines[-1]
+
+
+def test_a_convnet_has_no_attention_to_show(shared_folder, tmp_path, capsys):
+    torch.save(teacher.create_regnet("regnet_x_400mf", 3).state_dict(), tmp_path / "teacher.pth")
+    picture = shared_folder / "val" / "cat" / "0.jpg"
+    status, line = refused(capsys, "--weights", tmp_path / "teacher.pth", "--image", picture, "--attention", "map.png")
+    assert status == 1 and "--attention needs a DeiT" in line

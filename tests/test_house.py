@@ -1,5 +1,8 @@
-"""What should never drift: who imports whom, what is needed, how long a function is, what the README says there is."""
+"""What should never drift: who imports whom, what is needed, how long things are, what the README says there is."""
 import ast
+import contextlib
+import importlib
+import io
 import re
 import sys
 from dataclasses import fields
@@ -8,9 +11,10 @@ from functools import lru_cache
 import pytest
 
 import train
-from conftest import ROOT, run_script
+from conftest import ROOT, run_main, run_script
 
-SCRIPTS = ("deit", "distill", "data", "teacher", "evaluate", "train")
+LINES = {"deit": 400, "distill": 90, "data": 630, "teacher": 200, "evaluate": 360, "train": 750}     # at most, of each
+SCRIPTS = tuple(LINES)
 SOURCE = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
 TREE = {name: ast.parse(source) for name, source in SOURCE.items()}
 README = (ROOT / "README.md").read_text()
@@ -18,7 +22,9 @@ README = (ROOT / "README.md").read_text()
 
 @lru_cache
 def help_of(script):
-    return run_script(f"{script}.py", "--help").stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run_main(importlib.import_module(script), "--help") == 0
+    return printed.getvalue()
 
 
 def imports(tree):
@@ -29,9 +35,10 @@ def imports(tree):
             yield node.module.split(".")[0]
 
 
-def test_four_leaves_evaluate_on_three_of_them_and_train_on_all():
+def test_each_script_imports_the_others_that_it_builds_on_and_no_more():
     graph = {name: set(imports(tree)) & set(SCRIPTS) for name, tree in TREE.items()}
-    assert graph == {"deit": set(), "distill": set(), "data": set(), "teacher": set(), "evaluate": {"deit", "data", "teacher"},
+    assert graph == {"deit": set(), "distill": set(), "data": set(), "teacher": {"deit"},
+                     "evaluate": {"deit", "data", "teacher"},
                      "train": {"deit", "distill", "data", "teacher", "evaluate"}}
 
 
@@ -55,29 +62,43 @@ def test_every_field_of_the_recipe_is_read():
 
 def test_every_preset_sets_fields_of_the_recipe():
     names = {item.name for item in fields(train.Recipe)}
-    assert all(set(preset.values) <= names and preset.source for preset in train.PRESETS.values())
+    assert all(set(values) <= names and source for values, source in train.PRESETS.values())
 
 
-def test_no_function_is_longer_than_60_lines():
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_no_longer_than_it_was_agreed_to_be(script):
+    assert len(SOURCE[script].splitlines()) <= LINES[script]
+
+
+def test_the_six_scripts_together_have_at_most_2400_lines():
+    assert sum(len(source.splitlines()) for source in SOURCE.values()) <= 2400
+
+
+def test_no_function_is_longer_than_50_lines():
     lengths = {f"{name}.{node.name}": node.end_lineno - node.lineno + 1 for name, tree in TREE.items()
                for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    assert not {name: length for name, length in lengths.items() if length > 60}
+    assert {name: length for name, length in lengths.items() if length > 50} == {}
 
 
-def test_no_line_is_longer_than_a_table_row_needs():
-    assert max(map(len, "\n".join(SOURCE.values()).splitlines())) <= 120
+def test_no_line_is_wider_than_110_columns_but_for_the_table_of_published_models():
+    wide = [f"{name}: {line}" for name, source in SOURCE.items() for line in source.splitlines()
+            if len(line) > 110 and not re.match(r' +"[a-z0-9-]+": Published\(', line)]
+    assert wide == []
 
 
 def test_every_file_is_read_without_unpickling():
     for source in SOURCE.values():
-        calls = len(re.findall(r"torch\.load\(|load_state_dict_from_url\(", source))
-        assert source.count("weights_only=True)") == calls and "pickle" not in source
+        loads = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)
+                 and ast.unparse(node.func) == "torch.load"]
+        assert source.count("torch.load(") == len(loads)
+        assert all("weights_only=True" in map(ast.unparse, node.keywords) for node in loads)
+        assert not re.search(r"\bpickle\b|load_state_dict_from_url|hub\.load", source)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_a_help_text(script):
     flags = [node for node in ast.walk(TREE[script]) if isinstance(node, ast.Call)
-             and getattr(node.func, "attr", "") == "add_argument"]
+             and (getattr(node.func, "attr", "") == "add_argument" or getattr(node.func, "id", "") == "add")]
     assert all("help" in {keyword.arg for keyword in node.keywords} for node in flags)
     assert "-h, --help" in help_of(script)
 

@@ -1,4 +1,5 @@
 """A run cannot be lost, fooled or silently wrong: kills, full disks, damaged files, nan, bombs."""
+import contextlib
 import json
 import os
 import resource
@@ -6,6 +7,7 @@ import signal
 import struct
 import time
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,30 @@ import torch
 from PIL import Image
 
 import data
+import deit
+import teacher
 import train
-from conftest import run_script
-from kill_and_resume import start, survive, wait_for_saves
-from test_train import small_run, train_in_process
+from conftest import run_main, run_script
+from kill_and_resume import kill, signal_all, start, survive, wait_for_saves
+from test_train import small_run
+
+
+@contextlib.contextmanager
+def running(*args):
+    """A run in the background, of which nothing is left in the end."""
+    process = start(*args)
+    try:
+        yield process
+    finally:
+        kill(process)
+
+
+def saved_state(folder):
+    return torch.load(folder / "last.pth", weights_only=True)["state"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Kills and signals
 
 
 def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tmp_path):
@@ -40,41 +62,85 @@ def test_a_killed_run_leaves_no_process_behind(shared_folder, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_to_all_processes_at_once_saves_and_leaves(processes, shared_folder, tmp_path):
-    process = start(shared_folder, tmp_path / "run", 50, processes, 1)  # loader workers get the signal too, as on a cluster
-    wait_for_saves(process, tmp_path / "run" / "last.pth", 2)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=100) != 0
+    with running(shared_folder, tmp_path / "run", 50, processes, 1) as process:
+        wait_for_saves(process, tmp_path / "run" / "last.pth", 2)
+        signal_all(process, signal.SIGTERM)                              # loader workers too, as on a cluster
+        assert process.wait(timeout=100) != 0
     printed = (tmp_path / "run.txt").read_text()
     assert "stopped by a signal, saved in" in printed and "DataLoader worker" not in printed, printed
 
 
+def test_sigterm_is_answered_within_a_few_steps_however_slow_they_are(shared_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "crawl:0:0")
+    with running(shared_folder, tmp_path / "run", 50, 1, 1) as process:
+        wait_for_saves(process, tmp_path / "run" / "last.pth", 1)        # at the start: the next would be due in minutes
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=100) == 128 + signal.SIGTERM, (tmp_path / "run.txt").read_text()
+    assert 1 <= saved_state(tmp_path / "run")["step"] <= 2
+
+
 def test_sigterm_during_validation_leaves_the_loaders_alive_to_end_it(shared_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "slow:0:0")                              # each batch of the validation takes a second
-    process = start(shared_folder, tmp_path / "run", 50, 1, 1)
-    wait_for_saves(process, tmp_path / "run" / "last.pth", 4)            # at the start, after three steps, validation follows
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=100) == 128 + signal.SIGTERM, (tmp_path / "run.txt").read_text()
-    state = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["state"]
+    with running(shared_folder, tmp_path / "run", 50, 1, 1) as process:
+        wait_for_saves(process, tmp_path / "run" / "last.pth", 4)        # at the start, after three steps, validation follows
+        signal_all(process, signal.SIGTERM)
+        assert process.wait(timeout=100) == 128 + signal.SIGTERM, (tmp_path / "run.txt").read_text()
+    state = saved_state(tmp_path / "run")
     assert (state["step"], len(state["log"])) == (4, 1)                  # validated, and one step further, where it stops
 
 
-def run_with_fault(monkeypatch, fault, *args):
+@pytest.mark.parametrize("fault, processes", [("crash:0:4", 1), ("dead:1:4", 2), ("stuck:1:4", 2)])
+def test_a_process_that_fails_dies_or_is_stuck_ends_the_run(fault, processes, shared_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", fault)
-    return run_script("tests/train_with_faults.py", *args, processes=2, check=False)
+    with running(shared_folder, tmp_path / "run", 50, processes, 1) as process:
+        assert process.wait(timeout=100) > 0, (tmp_path / "run.txt").read_text()
+    assert saved_state(tmp_path / "run")["step"] == 4
+    assert "crash" not in fault or "AttributeError: a programming error" in (tmp_path / "run.txt").read_text()
+
+
+def test_a_checkpoint_is_due_after_ten_minutes_and_costs_a_hundredth_of_the_time(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    meter = SimpleNamespace(saved=now, save_seconds=2.0)
+    due = {}
+    for after in (150.0, 250.0, 590.0, 610.0):
+        now = 1000.0 + after
+        due[after] = [train.Meter.is_save_due(meter, seconds) for seconds in (0, train.SAVE_SECONDS)]
+    assert due == {150.0: [False, False], 250.0: [True, False], 590.0: [True, False], 610.0: [True, True]}
+    meter.save_seconds = 10.0                                            # of 610 it would be a sixtieth
+    assert not train.Meter.is_save_due(meter, train.SAVE_SECONDS)
+
+
+def test_a_second_run_in_a_folder_is_refused_before_it_has_read_or_written(shared_folder, tmp_path, monkeypatch):
+    folder, done = tmp_path / "run", []
+
+    def content():
+        return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+    def second_run(*_):
+        before = content()
+        done.append(run_script("train.py", *small_run(shared_folder, folder, "--resume", "--lr", 1.0), check=False))
+        assert content() == before
+        raise SystemExit(3)
+
+    monkeypatch.setattr(train, "train_epoch", second_run)                # while the first one trains
+    assert run_main(train, *small_run(shared_folder, folder)) == 3
+    assert done[0].returncode == 1 and done[0].stdout == ""              # had it read, it would have named --lr
+    assert done[0].stderr.startswith(f"train.py: another process trains in {folder}: stop it")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Numbers that are not finite
 
 
 def test_nan_on_one_rank_stops_all_and_one_line_says_on_which(shared_folder, tmp_path, monkeypatch):
-    done = run_with_fault(monkeypatch, "nan:1:4", *small_run(shared_folder, tmp_path / "run"))
-    lines = [line for line in done.stderr.splitlines() if "train.py: rank" in line]
+    monkeypatch.setenv("FAULT", "nan:1:4")
+    done = run_script("tests/train_with_faults.py", *small_run(shared_folder, tmp_path / "run"), processes=2, check=False)
+    printed, _ = done.stderr.split("FAILED", 1)                          # torchrun's summary repeats it
+    lines = [line for line in printed.splitlines() if "train.py: rank" in line]
     assert done.returncode != 0 and len(lines) == 1
     assert lines[0].split("train.py: ")[1].startswith("rank 1: the loss became nan between steps 1 and 1 of epoch 1")
-    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["state"]["step"] == 4
-
-
-def test_a_stuck_rank_ends_the_run_with_a_message_instead_of_hanging_for_ever(shared_folder, tmp_path, monkeypatch):
-    done = run_with_fault(monkeypatch, "stuck:1:4", *small_run(shared_folder, tmp_path / "run"))
-    assert done.returncode != 0 and "train.py: rank 0 leaves, another process is gone or stuck" in done.stderr, done.stderr
-    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["state"]["step"] == 4
+    assert saved_state(tmp_path / "run")["step"] == 4
 
 
 class Overflowing(torch.autograd.Function):
@@ -93,28 +159,28 @@ class Overflowing(torch.autograd.Function):
 
 @pytest.fixture
 def overflow(monkeypatch):
-    forward = train.deit.DeiT.forward
-    monkeypatch.setattr(train.deit.DeiT, "forward", lambda self, images: Overflowing.apply(forward(self, images)))
+    forward = deit.DeiT.forward
+    monkeypatch.setattr(train, "LOOK_SECONDS", -1)
+    monkeypatch.setattr(deit.DeiT, "forward", lambda self, images: Overflowing.apply(forward(self, images)))
     return lambda times: setattr(Overflowing, "times", times)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(shared_folder, tmp_path, monkeypatch, capsys, overflow):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(shared_folder, tmp_path, capsys, overflow):
     overflow(1)
-    with pytest.raises(SystemExit) as stop:
-        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run"))
-    assert stop.value.code == 1 and torch.load(tmp_path / "run" / "last.pth", weights_only=True)["state"]["step"] == 0
-    assert "the gradient is not finite between steps 0 and 0" in capsys.readouterr().err
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run")) == 1
+    assert "a gradient or weight is not finite between steps 0 and 0" in capsys.readouterr().err
+    assert saved_state(tmp_path / "run")["step"] == 0
 
 
 def in_fp16(monkeypatch):
     """As on a GPU; on a CPU it is refused for being slow."""
-    monkeypatch.setattr(train, "choose_precision", lambda precision, place: "fp16")
+    monkeypatch.setattr(train, "choose_precision", lambda precision, device: "fp16")
 
 
 def test_under_fp16_an_overflow_is_skipped_and_is_no_divergence(shared_folder, tmp_path, monkeypatch, overflow):
     in_fp16(monkeypatch)
     overflow(1)
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 2))
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--epochs", 2)) == 0
     last = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
     assert last["scaler"]["scale"] == 2**15 and last["optimizer"]["state"][0]["step"] == 5
 
@@ -122,131 +188,124 @@ def test_under_fp16_an_overflow_is_skipped_and_is_no_divergence(shared_folder, t
 def test_under_fp16_a_loss_scale_below_1_is_divergence(shared_folder, tmp_path, monkeypatch, capsys, overflow):
     in_fp16(monkeypatch)
     overflow(1000)
-    with pytest.raises(SystemExit):
-        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 7))
-    assert "the gradient is not finite between steps 1 and 1 of epoch 5" in capsys.readouterr().err
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
-    train.save({"weights": torch.arange(1000.0)}, tmp_path / "last.pth")
-    before, limits = (tmp_path / "last.pth").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="cannot write .*last.pth"):
-            train.save({"weights": torch.arange(100_000.0)}, tmp_path / "last.pth")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (tmp_path / "last.pth").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
-
-
-def test_a_folder_without_room_is_refused_before_the_start(shared_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: train.shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
-    with pytest.raises(SystemExit):
-        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run"))
-    assert "has room for 1 MiB and the run needs 147 MiB: make room" in capsys.readouterr().err
-
-
-def test_a_resumed_run_needs_no_room_for_the_files_it_has(shared_folder, tmp_path, monkeypatch):
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: train.shutil._ntuple_diskusage(2**30, 2**30, 70 * 2**20))
-    train_in_process(monkeypatch, "--resume", "--output", tmp_path / "run")
-
-
-def test_two_processes_do_not_train_in_one_folder(shared_folder, tmp_path, monkeypatch, capsys):
-    process = start(shared_folder, tmp_path / "run", 50, 1, 0)
-    wait_for_saves(process, tmp_path / "run" / "last.pth", 1)
-    with pytest.raises(SystemExit):
-        train_in_process(monkeypatch, "--resume", "--output", tmp_path / "run")
-    assert "another process is training in" in capsys.readouterr().err
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def test_a_restart_by_torchrun_goes_on_with_its_own_run_only(shared_folder, tmp_path, monkeypatch):
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
-    recipe = train.make_recipe({"data": str(shared_folder), "output": str(tmp_path / "run")})
-    assert train.find_run({}, recipe, tmp_path / "run", restarts=1)[1]["state"]["step"] == 3
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another launch")
-    with pytest.raises(ValueError, match="holds a run already"):
-        train.find_run({}, recipe, tmp_path / "run", restarts=1)
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--epochs", 7)) == 1
+    assert "a gradient or weight is not finite between steps 1 and 1 of epoch 5" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_never_saved(shared_folder, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--lr", 1e38, "--warmup-epochs", 0,
-                                                 "--batch-size", 48))
-    assert "a weight is not finite after step 1" in capsys.readouterr().err
+    monkeypatch.setattr(train, "learning_rate", lambda *_: 1e38)
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--batch-size", 48)) == 1
+    assert "a gradient or weight is not finite between steps 0 and 0 of epoch 0" in capsys.readouterr().err
     last = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
     assert last["state"]["step"] == 0 and all(tensor.isfinite().all() for tensor in last["model"].values())
 
 
-def test_a_full_disk_under_tensorboard_does_not_stop_the_run(shared_folder, tmp_path, monkeypatch, capsys):
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "last.pth"
+    train.atomic_write(path, lambda file: torch.save({"weights": torch.arange(1000.0)}, file))
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write .*last.pth"):
+            train.atomic_write(path, lambda file: torch.save({"weights": torch.arange(100_000.0)}, file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_a_full_disk_under_tensorboard_ends_the_run_in_one_line_and_leaves_it_whole(shared_folder, tmp_path, monkeypatch,
+                                                                                   capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(train.SummaryWriter, "add_scalar", full)
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
-    assert "no more TensorBoard events" in capsys.readouterr().out and (tmp_path / "run" / "best.pth").exists()
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--epochs", 1)) == 1
+    assert "train.py: [Errno 28] No space left on device\n" in capsys.readouterr().err
+    assert saved_state(tmp_path / "run")["step"] == 0
 
 
-def test_a_flipped_byte_in_a_checkpoint_is_found(shared_folder, tmp_path, monkeypatch, capsys):
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
-    path = tmp_path / "run" / "last.pth"
+@pytest.fixture(scope="module")
+def finished_run(shared_folder, tmp_path_factory):
+    """(its last.pth, the flags to resume it)"""
+    flags = small_run(shared_folder, tmp_path_factory.mktemp("finished") / "run", "--epochs", 1)
+    assert run_main(train, *flags) == 0
+    return train.Path(flags[flags.index("--output") + 1]) / "last.pth", (*flags, "--resume")
+
+
+@pytest.fixture
+def damaged(finished_run):
+    """The same, to be damaged: it is repaired afterwards."""
+    whole = finished_run[0].read_bytes()
+    yield finished_run
+    finished_run[0].write_bytes(whole)
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_found(damaged, capsys):
+    path, flags = damaged
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(SystemExit):
-        train_in_process(monkeypatch, "--resume", "--output", tmp_path / "run")
-    assert "is damaged: its checksum is wrong" in capsys.readouterr().err
+    assert run_main(train, *flags) == 1
+    assert f"{path}: it is damaged: a checksum is wrong" in capsys.readouterr().err
 
 
-def test_a_run_is_resumed_without_the_weights_it_started_from_and_says_what_else_differs(shared_folder, tmp_path, monkeypatch, capsys):
-    small = train.deit.create_model("tiny", image_size=32, num_classes=3)
-    torch.save(small.state_dict(), tmp_path / "init.pth")
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--init", tmp_path / "init.pth", "--epochs", 1))
-    (tmp_path / "init.pth").unlink()
-    capsys.readouterr()
-    train_in_process(monkeypatch, "--resume", "--output", tmp_path / "run", "--accum-steps", 2)
-    assert "resumed with batches in 2 part(s) in place of 1" in capsys.readouterr().out
-
-
-def test_a_truncated_checkpoint_is_named_and_refused(shared_folder, tmp_path, monkeypatch, capsys):
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
-    path = tmp_path / "run" / "last.pth"
-    whole, _ = path.read_bytes(), capsys.readouterr()
+def test_a_truncated_checkpoint_is_named_and_refused(damaged, capsys):
+    path, flags = damaged
+    whole = path.read_bytes()
     for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999):
         path.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(SystemExit):
-            train_in_process(monkeypatch, "--resume", "--output", tmp_path / "run")
+        assert run_main(train, *flags) == 1
         printed = capsys.readouterr().err
         assert str(path) in printed and printed.count("\n") == 1, printed
-    torch.save({"model": {}}, path)
-    with pytest.raises(SystemExit):
-        train_in_process(monkeypatch, "--resume", "--output", tmp_path / "run")
-    assert "is not a training checkpoint of this program" in capsys.readouterr().err
 
 
-def test_a_flag_that_would_change_a_resumed_run_is_refused(shared_folder, tmp_path, monkeypatch, capsys):
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
-    with pytest.raises(SystemExit):
-        train_in_process(monkeypatch, "--resume", "--output", tmp_path / "run", "--lr", 1.0)
+@pytest.mark.parametrize("change", [{"state": {}}, {"state": None}, {"recipe": {}}, {"recipe": None}, {"model": None},
+                                    {"optimizer": {}}, None])
+def test_a_last_pth_that_lacks_a_part_is_named_and_refused_in_one_line(change, damaged, capsys):
+    path, flags = damaged
+    torch.save({"model": {}} if change is None else torch.load(path, weights_only=True) | change, path)
+    assert run_main(train, *flags) == 1
+    printed = capsys.readouterr().err
+    assert str(path) in printed and printed.count("\n") == 1, printed
+
+
+def test_a_flag_that_would_change_a_resumed_run_is_refused(finished_run, capsys):
+    assert run_main(train, *finished_run[1], "--lr", 1.0) == 1
     assert "--lr 1.0, but the run to resume has 0.0005" in capsys.readouterr().err
 
 
-def test_a_teacher_no_better_than_chance_is_refused(shared_folder, tmp_path, monkeypatch, capsys):
+def test_a_run_is_resumed_without_the_weights_it_began_with_and_says_what_differs(shared_folder, tmp_path, capsys):
+    torch.save(deit.create_model("tiny", image_size=32, num_classes=3).state_dict(), tmp_path / "init.pth")
+    flags = small_run(shared_folder, tmp_path / "run", "--init", tmp_path / "init.pth", "--epochs", 1)
+    assert run_main(train, *flags) == 0
+    (tmp_path / "init.pth").unlink()
+    capsys.readouterr()
+    assert run_main(train, *flags, "--resume", "--accum-steps", 2) == 0
+    assert "not bit for bit what it would have become, with accum_steps 2 in place of 1" in capsys.readouterr().out
+
+
+def test_a_teacher_no_better_than_chance_is_refused(shared_folder, tmp_path, capsys):
     torch.manual_seed(0)
-    torch.save({"model": train.teacher.create_regnet("regnet_x_400mf", 3).state_dict()}, tmp_path / "teacher.pth")
-    with pytest.raises(SystemExit):
-        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--distill", "--teacher",
-                                                 tmp_path / "teacher.pth"))
+    torch.save({"model": teacher.create_regnet("regnet_x_400mf", 3).state_dict()}, tmp_path / "teacher.pth")
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--distill", "--teacher", tmp_path / "teacher.pth")) == 1
     assert "which could be chance" in capsys.readouterr().err and not (tmp_path / "run" / "last.pth").exists()
 
 
-def test_departures_from_the_recipe_that_cost_others_accuracy_are_noted():
-    assert train.notes(train.make_recipe({"data": "imagenet", "model": "base"})) == []
-    lines = train.notes(train.make_recipe({"data": "imagenet", "model": "base", "batch_size": 512, "warmup_epochs": 10.0}))
-    assert "78.8 % with 512" in lines[0] and "79.2 % with 10" in lines[1]
+def test_nothing_of_the_environment_reaches_the_run_folder(shared_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "c0ffee-c0ffee")
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--epochs", 1)) == 0
+    assert all(b"c0ffee" not in path.read_bytes() for path in (tmp_path / "run").iterdir())
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert all(isinstance(value, (int, float)) for value in record.values())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Images
 
 
 def test_a_decompression_bomb_is_refused(tmp_path):
@@ -283,37 +342,3 @@ def test_a_png_named_jpg_and_a_rotated_jpeg_are_read(tmp_path):
     exif[0x0112] = 6                                                     # turned by 90 degrees: not applied, as published
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert data.read_rgb(tmp_path / "turned.jpg").size == (30, 20)
-
-
-def test_ignored_files_are_counted(folder, capsys):
-    for name in ("notes.txt", ".hidden.jpg"):
-        (folder / "val" / "cat" / name).write_text("")
-    split = data.open_split(folder, train=False)
-    assert data.describe_ignored(split) == ", 2 other file(s) ignored"
-
-
-def test_nothing_of_the_environment_reaches_the_run_folder(shared_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("SECRET_TOKEN", "c0ffee-c0ffee")
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
-    assert all(b"c0ffee" not in path.read_bytes() for path in (tmp_path / "run").iterdir())
-    record = json.loads((tmp_path / "run" / "log.jsonl").read_text())
-    assert all(isinstance(value, (int, float)) for value in record.values())
-
-
-def test_a_failed_start_leaves_a_folder_that_was_there_and_removes_its_own(shared_folder, tmp_path, monkeypatch, capsys):
-    (tmp_path / "mine").mkdir()
-    for name in ("mine", "new"):
-        with pytest.raises(SystemExit):
-            train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / name, "--distill", "--teacher", "absent.pth"))
-    assert (tmp_path / "mine").is_dir() and not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("change", [{"state": {}}, {"state": None}, {"recipe": {}}, {"model": None}])
-def test_a_last_pth_that_lacks_a_part_is_refused_in_one_line(change, shared_folder, tmp_path, monkeypatch, capsys):
-    part = dict.fromkeys(("step", "log", "best", "epoch_sums", "images", "parts"))
-    whole = {"model": {}, "optimizer": {}, "scaler": {}, "state": part, "recipe": {"model": "tiny", "data": "demo"}}
-    torch.save(whole | change, tmp_path / "last.pth")
-    with pytest.raises(SystemExit):
-        train_in_process(monkeypatch, "--resume", "--output", tmp_path)
-    error = capsys.readouterr().err
-    assert "is not a training checkpoint of this program" in error and error.count("\n") == 1

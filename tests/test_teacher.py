@@ -1,4 +1,4 @@
-"""The teacher against timm's RegNet of the same weights."""
+"""The teacher against timm's RegNet of the same weights, and the test of chance by hand."""
 import pickle
 
 import pytest
@@ -7,24 +7,13 @@ import torch
 from torchvision import models
 
 import teacher
-
-
-def randomize(model):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            if value.is_floating_point() and value.ndim == 1:
-                around = 0.0 if name.endswith(("bias", "running_mean")) else 1.0
-                value.copy_(around + 0.2 * torch.rand(value.shape, generator=generator))
-            elif name.endswith(("fc.weight",)):
-                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
-    return model.eval()
+from conftest import Malicious, randomize, run_main
 
 
 @pytest.fixture(scope="module")
 def official():
     """A file as the official one is: timm's RegNetY-16GF under `model`."""
-    return randomize(timm.create_model("regnety_160"))
+    return randomize(timm.create_model("regnety_160"), std=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +21,11 @@ def official_file(official, tmp_path_factory):
     path = tmp_path_factory.mktemp("official") / "regnety_160.pth"
     torch.save({"model": official.state_dict()}, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def folded(official_file):
+    return teacher.load_teacher(official_file)
 
 
 @pytest.fixture(scope="module")
@@ -49,29 +43,28 @@ def test_the_official_file_becomes_torchvisions_regnet_with_equal_logits(officia
 
 
 @torch.no_grad()
-def test_the_folded_teacher_computes_the_same_function(official, official_file, images):
-    folded = teacher.load_teacher(official_file)
+def test_the_folded_teacher_computes_the_same_function(official, folded, images):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     reference = official(images)
     assert torch.allclose(folded(images), reference, rtol=1e-4, atol=1e-4 * reference.abs().max().item())
 
 
-def test_the_teacher_is_frozen(official_file):
-    model = teacher.load_teacher(official_file)
-    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+def test_the_teacher_is_frozen(folded):
+    assert not folded.training and not any(parameter.requires_grad for parameter in folded.parameters())
 
 
 @pytest.mark.parametrize("name", ["regnet_y_400mf", "regnet_x_800mf", "regnet_y_3_2gf"])
 def test_the_architecture_is_read_from_the_tensors(name):
     model = models.get_model(name, weights=None, num_classes=10)
     loaded = teacher.load_regnet("file", checkpoint={"model": model.state_dict(), "classes": list("0123456789")})
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert loaded.size == name
+    assert all(map(torch.equal, model.state_dict().values(), loaded.state_dict().values()))
 
 
 def test_every_regnet_of_torchvision_is_known_by_its_width():
     assert teacher.REGNETS.keys() == set(models.list_models(module=models, include="regnet_*"))
     assert len(set(teacher.REGNETS.values())) == len(teacher.REGNETS)
-    for name in ("regnet_y_400mf", "regnet_x_16gf", "regnet_y_16gf"):
+    for name in ("regnet_x_400mf", "regnet_y_800mf", "regnet_x_16gf"):
         assert models.get_model(name, weights=None).fc.in_features == teacher.REGNETS[name]
 
 
@@ -92,32 +85,79 @@ def test_a_teacher_of_other_classes_is_refused_with_the_remedy(tmp_path):
         teacher.load_teacher("official", num_classes=10)                 # refused before any download
 
 
-def test_a_fresh_classifier_is_said(capsys):
+def test_a_teacher_that_names_other_classes_is_refused_with_the_first_of_them(tmp_path):
+    state = models.regnet_x_400mf(weights=None, num_classes=3).state_dict()
+    torch.save({"model": state, "classes": ["cat", "dog", "owl"]}, tmp_path / "named.pth")
+    teacher.load_teacher(tmp_path / "named.pth", num_classes=3, classes=["cat", "dog", "owl"])
+    with pytest.raises(ValueError, match="knows other classes: where it has 'dog', the data has 'eel'; train one"):
+        teacher.load_teacher(tmp_path / "named.pth", num_classes=3, classes=["cat", "eel", "owl"])
+
+
+def decisions(correct, images):
+    """Labels of class 0, and decisions of which so many are right."""
+    return (torch.arange(images) >= correct).long(), torch.zeros(images, dtype=torch.long)
+
+
+@pytest.mark.parametrize("images, num_classes, least", [
+    (100, 4, 38),                    # 25 expected, standard deviation sqrt(100 x 1/4 x 3/4) = 4.33: chance to 37.99
+    (15, 3, 11),                     # 5 and sqrt(15 x 1/3 x 2/3) = 1.83: to 10.48
+    (50_000, 1000, 72),              # 50 and sqrt(50000 x 0.001 x 0.999) = 7.07: to 71.20
+    (2, 2, 2)])                      # to 3.12 of 2, but a teacher that is always right is as good as can be
+def test_a_teacher_within_three_deviations_of_chance_is_refused(images, num_classes, least):
+    top1 = teacher.check_top1(*decisions(least, images), num_classes, "file")
+    assert top1 == pytest.approx(100 * least / images)
+    with pytest.raises(ValueError, match=f"teacher file gets {least - 1} of {images} .* could be chance"):
+        teacher.check_top1(*decisions(least - 1, images), num_classes, "file")
+    assert teacher.check_top1(*decisions(0, images), num_classes, "file", any_teacher=True) == 0
+
+
+def test_chance_is_judged_over_the_images_of_all_processes(monkeypatch):
+    monkeypatch.setattr(teacher.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(teacher.dist, "all_reduce", lambda counts: counts.add_(torch.tensor([40, 90])))
+    assert teacher.check_top1(*decisions(0, 10), 4, "file") == pytest.approx(40.0)
+
+
+def test_a_fresh_classifier_for_other_classes_is_said(capsys):
     state = models.regnet_y_400mf(weights=None, num_classes=7).state_dict()
-    assert teacher.load_regnet("file", checkpoint={"model": state}, num_classes=3).fc.out_features == 3
-    assert "fresh classifier for 3 classes in place of the file's 7" in capsys.readouterr().out
+    assert teacher.load_regnet("file", checkpoint={"model": state}, classes=["a", "b", "c"]).fc.out_features == 3
+    assert capsys.readouterr().out == "file: fresh classifier for 3 classes, not the file's 7\n"
 
 
-class Malicious:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('executed')",)
-
-
-def test_two_urls_with_one_file_name_are_two_teachers(tmp_path, monkeypatch):
-    def fetch(url, path, hash_prefix=None, progress=True):
-        torch.save({"from": url}, path)
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    assert [teacher.read_weights(f"https://{host}/best.pth")["from"] for host in "ab"] == ["https://a/best.pth", "https://b/best.pth"]
+def test_weights_that_are_not_finite_are_refused_by_name():
+    state = models.regnet_x_400mf(weights=None, num_classes=3).state_dict()
+    state["stem.1.running_var"][2] = float("nan")
+    with pytest.raises(ValueError, match="file: its stem.1.running_var is not made of finite floating-point numbers"):
+        teacher.load_regnet("file", checkpoint={"model": state})
 
 
 def test_bad_files_are_refused_and_not_executed(tmp_path):
     (tmp_path / "malicious.pth").write_bytes(pickle.dumps({"model": Malicious()}))
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="not a file of tensors"):
+    with pytest.raises(ValueError, match="cannot read weights .*malicious.pth: "):
         teacher.load_teacher(tmp_path / "malicious.pth")
-    with pytest.raises(ValueError, match="no RegNet of torchvision: .* found weight"):
+    with pytest.raises(ValueError, match="other.pth: no RegNet of torchvision: .* found .'weight'"):
         teacher.load_teacher(tmp_path / "other.pth")
-    with pytest.raises(FileNotFoundError, match="no RegNet"):
+    with pytest.raises(FileNotFoundError, match="no weights file .*absent.pth.* regnet_y_16gf"):
         teacher.load_teacher(tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize("make, whose", [(lambda: timm.create_model("regnetx_004_tv", num_classes=3), "timm"),
+                                         (lambda: models.regnet_x_400mf(weights=None, num_classes=3), "torchvision")])
+def test_the_command_describes_a_teacher(make, whose, tmp_path, capsys):
+    model = make()
+    torch.save({"model": model.state_dict()}, tmp_path / "file.pth")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert run_main(teacher, tmp_path / "file.pth") == 0
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'file.pth'}: regnet_x_400mf, 3 classes, {parameters:,} parameters, {whose}'s names\n")
+
+
+@pytest.mark.parametrize("args, status, message", [
+    ([], 2, "the following arguments are required: SOURCE"),
+    (["official", "--output", "teacher.pth"], 2, "unrecognized arguments: --output teacher.pth"),
+    (["absent.pth"], 1, "no weights file 'absent.pth'"),
+    (["RegNet_Y_16GF_Weights.V9"], 1, "torchvision has no weights RegNet_Y_16GF_Weights.V9")])
+def test_a_mistake_on_the_command_line_is_one_line(args, status, message, capsys):
+    assert run_main(teacher, *args) == status
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"teacher.py: {message}") and printed.count("\n") == 1

@@ -1,5 +1,6 @@
 """The recipe, the loop and the run, through the functions and through the command line."""
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -11,23 +12,51 @@ import subprocess
 import sys
 from dataclasses import asdict, fields
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import deit
 import evaluate
 import teacher
 import train
-from conftest import ROOT, run_script
-from kill_and_resume import difference
+from conftest import ROOT, difference_of_runs, run_main, run_script, write_folder
+from gradient_of_one_step import BATCH, PixelTeacher
 
-CPU = evaluate.Place(torch.device("cpu"), 0, 1, 0, 1, 0)
+CPU = evaluate.World(torch.device("cpu"), 0, 1, 0, 1)
+
+
+def small_run(folder, output, *more):
+    return ("--data", folder, "--image-size", 32, "--batch-size", 16, "--epochs", 3, "--warmup-epochs", 1, "--workers", 1,
+            "--output", output, *more)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(path, folder):
+    """{head: loss} of a checkpoint on the validation images, as evaluate.py computes them."""
+    loader = data.eval_loader(data.open_split(folder, train=False), 32)
+    scores = evaluate.evaluate(evaluate.load_any(path), loader, torch.device("cpu"))
+    return {head: score.loss for head, score in scores.items()}
+
+
+@pytest.fixture(scope="module")
+def regnet_file(tmp_path_factory):
+    """An untrained RegNet of three classes."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.manual_seed(0)
+    torch.save({"model": teacher.create_regnet("regnet_x_400mf", 3).state_dict()}, path)
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -57,6 +86,13 @@ def test_the_learning_rate_scales_with_the_global_batch_and_its_ends_do_not():
     assert train.learning_rate(recipe, 2.5) == pytest.approx((1e-6 + 2.5e-4) / 2)
 
 
+def test_the_rate_never_rises_above_its_peak_and_a_small_batch_fine_tunes_at_a_constant():
+    recipe = train.make_recipe({"data": "imagenet", "model": "base", "recipe": "finetune-384", "batch_size": 32})
+    rates = [train.learning_rate(recipe, step / 10) for step in range(10 * recipe.epochs + 1)]
+    assert recipe.min_lr > 5e-6 * 32 / 512 and max(rates) == pytest.approx(5e-6 * 32 / 512)
+    assert rates[50:] == pytest.approx([5e-6 * 32 / 512] * 251)          # from the end of the warm-up on
+
+
 @pytest.mark.parametrize("size, distilled, spared, decayed", [
     ("tiny", False, (102, 69_544), (50, 5_647_872)), ("tiny", True, (103, 70_736), (52, 5_840_064)),
     ("base", True, (103, 276_944), (52, 87_061_248))])
@@ -69,32 +105,32 @@ def test_decay_groups_are_the_official_ones(size, distilled, spared, decayed):
     assert not distilled or any(parameter is model.dist_token for parameter in groups[0.05])
 
 
-def test_every_field_of_the_recipe_is_a_flag_with_help(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train.py", "--help"])
-    with pytest.raises(SystemExit):
-        train.parse_recipe()
+def test_every_field_of_the_recipe_is_a_flag_with_help(capsys):
+    assert run_main(train, "--help") == 0
     text = capsys.readouterr().out
-    assert all(f"--{item.name.replace('_', '-')}" in text and item.metadata["help"] for item in fields(train.Recipe))
+    assert all(train.option(item.name) in text and item.metadata["help"] for item in fields(train.Recipe))
 
 
 def test_distill_alone_is_hard_and_typed_flags_win_over_the_demos(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py", "--model", "tiny", "--distill", "--epochs", "2"])
-    recipe = train.make_recipe(train.parse_recipe())
+    recipe = train.make_recipe(train.parse_flags())
     assert (recipe.distill, recipe.data, recipe.epochs, recipe.image_size) == ("hard", "demo", 2, 48)
     (tmp_path / "imagenet").mkdir()
-    assert train.make_recipe(train.parse_recipe()).data == "imagenet"
+    assert train.make_recipe(train.parse_flags()).data == "imagenet"
 
 
-@pytest.mark.parametrize("name, peak, changes", [                       # peak: the rate itself, at the preset's own batch
-    ("finetune-384", 5e-6, dict(image_size=384, epochs=30, batch_size=512, min_lr=5e-6, weight_decay=1e-8, ema=0.99996, drop_path=0)),
+@pytest.mark.parametrize("name, peak, changes", [                        # peak: the rate itself, at the preset's own batch
+    ("finetune-384", 5e-6, dict(image_size=384, epochs=30, batch_size=512, min_lr=5e-6, weight_decay=1e-8, ema=0.99996,
+                                drop_path=0, mix_group=32)),
     ("mmpretrain-small", 1e-3, dict(warmup_epochs=20, clip_grad=5, repeats=1, drop_path=0)),
     ("cifar-cars", 0.01, dict(optimizer="sgd", batch_size=768, epochs=1000, weight_decay=1e-4, erasing=0, drop_path=0)),
     ("inaturalist", 7.5e-5, dict(batch_size=768, epochs=360, erasing=0.1))])
 def test_a_preset_sets_its_sources_values_and_no_others(name, peak, changes):
     recipe, ordinary = (asdict(train.make_recipe({"data": "imagenet"} | more)) for more in ({"recipe": name}, {}))
     assert recipe["lr"] * recipe["batch_size"] / 512 == pytest.approx(peak)
-    assert {key: value for key, value in recipe.items() if value != ordinary[key] and key not in ("recipe", "lr")} == changes
+    assert {key: value for key, value in recipe.items()
+            if value != ordinary[key] and key not in ("recipe", "lr")} == changes
 
 
 def test_a_typed_flag_wins_over_the_preset():
@@ -106,54 +142,83 @@ def test_a_typed_flag_wins_over_the_preset():
 # The loop
 
 
-class Spy(nn.Module):
-    """A teacher that remembers what it was shown."""
-
-    def forward(self, images):
-        self.images, self.grad_enabled = images.clone(), torch.is_grad_enabled()
-        return images.flatten(1)[:, :3]
-
-
-def one_epoch(folder, tmp_path, teacher_model=None, **changes):
+def build_run(folder, output, teacher_model=None, **changes):
+    """A run as train.py builds it, in this process, with `teacher_model` in the place of the one it would load."""
     recipe = train.make_recipe({"data": str(folder), "image_size": 32, "batch_size": 16, "workers": 0} | changes)
-    torch.manual_seed(0)
-    run = train.prepare(train.replace(recipe, distill=None), CPU, resuming=False)
-    if recipe.distill:
-        model = deit.create_model("tiny", distilled=True, image_size=32, num_classes=3)
-        run = run._replace(student=train.build_student(model, recipe, CPU), teacher=teacher_model, recipe=recipe)
-    progress = train.Progress(CPU, recipe, tmp_path, run.sampler.steps, {"step": 0, "epoch_sums": None})
-    list(train.train_epoch(run, CPU, 0, progress))
-    progress.close()
-    return run.student
+    with mock.patch.object(teacher, "load_teacher", lambda *_: teacher_model):
+        return train.build(recipe, CPU, output)
+
+
+def train_one_epoch(run):
+    meter = train.Meter(run)
+    train.train_epoch(run, 0, iter(run.loader), meter)
+    meter.close()
+
+
+def test_three_distilled_steps_are_those_of_a_plain_loop(shared_folder, tmp_path):
+    run = build_run(shared_folder, tmp_path / "run", PixelTeacher(), distill="hard", any_teacher=True, accum_steps=2,
+                    drop_path=0.3, erasing=0.5, lr=0.032, warmup_epochs=1.0, mix_group=4, seed=5)
+    model, decisions = copy.deepcopy(run.model).train(), set()
+    is_spared = {name: value.ndim <= 1 or name in ("cls_token", "pos_embed") for name, value in model.named_parameters()}
+    optimizer = torch.optim.AdamW([
+        {"params": [value for name, value in model.named_parameters() if is_spared[name] == spared], "weight_decay": decay}
+        for spared, decay in ((True, 0.0), (False, 0.05))], fused=True)    # a key's bias has no gradient but rounding
+    batches = iter(run.loader)
+    for step, rate in enumerate((1e-6, 1e-6 + (1e-3 - 1e-6) / 3, 1e-6 + (1e-3 - 1e-6) * 2 / 3)):
+        for part in range(2):
+            pixels, labels, first, boxes = next(batches)
+            images = data.erase(data.normalize(pixels), boxes)
+            torch.manual_seed(data.seed_from(5, 0, step))
+            images, targets = data.mix(images, labels, 3, first=first, repeats=3, lambdas=4, mixup=0.8, cutmix=1.0)
+            torch.manual_seed(data.seed_from(5, 0, step, part, 0))
+            class_logits, distillation_logits = model(images)
+            decisions |= set((decided := images[:, :, 16, 16].argmax(dim=1)).tolist())
+            loss = (F.cross_entropy(class_logits, targets, label_smoothing=0.1) / 2
+                    + F.cross_entropy(distillation_logits, decided) / 2)
+            (loss / 2).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    train_one_epoch(run)
+    assert run.state["step"] == 3 and len(decisions) > 1
+    for name, value in model.named_parameters():
+        assert (value - run.model.get_parameter(name)).norm() <= 1e-6 * value.norm(), name
 
 
 def test_the_teacher_sees_the_images_the_student_sees_without_gradients(shared_folder, tmp_path, monkeypatch):
-    seen, spy = [], Spy()
-    forward = deit.DeiT.forward
+    class Spy(PixelTeacher):
+        def forward(self, images):
+            self.images, self.grad_enabled = images.clone(), torch.is_grad_enabled()
+            return super().forward(images)
+
+    seen, spy, forward = [], Spy(), deit.DeiT.forward
+    run = build_run(shared_folder, tmp_path / "run", spy, distill="soft", any_teacher=True)
     monkeypatch.setattr(deit.DeiT, "forward", lambda self, images: seen.append(images.clone()) or forward(self, images))
-    one_epoch(shared_folder, tmp_path, spy, distill="hard")
+    train_one_epoch(run)
     assert torch.equal(seen[-1], spy.images) and not spy.grad_enabled
 
 
-def test_both_heads_learn_when_distilling(shared_folder, tmp_path):
-    torch.manual_seed(0)
-    before = deit.create_model("tiny", distilled=True, image_size=32, num_classes=3).state_dict()
-    after = one_epoch(shared_folder, tmp_path, Spy(), distill="hard").model.state_dict()
-    assert all(not torch.equal(before[name], after[name]) for name in ("head.weight", "head_dist.weight", "dist_token"))
+def test_a_model_learns_the_training_images_by_heart(shared_folder, tmp_path):
+    run = build_run(shared_folder, tmp_path / "run", epochs=8, lr=0.032, warmup_epochs=1.0, repeats=1, rand_augment=0.0,
+                    erasing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, label_smoothing=0.0)
+    train.train(run)
+    loader = data.eval_loader(data.open_split(shared_folder, train=True), 32)
+    score = evaluate.evaluate(run.model, loader, CPU.device)["mean"]
+    assert (score.images, score.correct1) == (48, 48)
 
 
-def test_sgd_is_nesterovs_and_the_gradient_is_clipped_to_its_norm():
-    torch.manual_seed(0)
-    recipe = train.make_recipe({"data": "imagenet", "optimizer": "sgd", "weight_decay": 0.0})
-    student = train.build_student(nn.Linear(4, 3), recipe, CPU)
-    before, gradient = student.model.weight.detach().clone(), torch.randn(3, 4)
-    for group in student.optimizer.param_groups:
+def test_sgd_is_nesterovs(shared_folder, tmp_path):
+    run = build_run(shared_folder, tmp_path / "run", optimizer="sgd", weight_decay=0.0)
+    weight = run.model.head.weight
+    before, gradient = weight.detach().clone(), torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    for group in run.optimizer.param_groups:
         group["lr"] = 0.1
     for _ in range(2):
-        student.model.weight.grad, student.model.bias.grad = gradient.clone(), torch.zeros(3)
-        student.optimizer.step()
+        weight.grad = gradient.clone()
+        run.optimizer.step()
     # velocities 1 and 1.9; Nesterov's steps add 0.9 of each to the gradient: 1.9 and 2.71
-    assert torch.allclose(student.model.weight, before - 0.1 * (1.9 + 2.71) * gradient, atol=1e-6)
+    assert torch.allclose(weight, before - 0.1 * (1.9 + 2.71) * gradient, atol=1e-6)
 
 
 @pytest.mark.parametrize("limit, length", [(1e-3, 1e-3), (1e6, None)])
@@ -161,42 +226,66 @@ def test_clip_grad_bounds_the_norm_of_the_whole_gradient(limit, length, shared_f
     norms = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_, **__: norms.append(torch.cat(
         [p.grad.flatten() for group in self.param_groups for p in group["params"]]).norm().item()))
-    one_epoch(shared_folder, tmp_path, clip_grad=limit)
+    train_one_epoch(build_run(shared_folder, tmp_path / "run", clip_grad=limit))
     assert norms[0] == pytest.approx(length, rel=1e-3) if length else norms[0] > 1e-2
 
 
-def test_averaged_weights_start_from_the_initial_ones_and_follow_by_the_decay():
-    recipe = train.make_recipe({"data": "demo", "ema": 0.9})
-    student = train.build_student(deit.create_model("tiny", image_size=32, num_classes=3), recipe, CPU)
-    first = student.model.head.weight.detach().clone()
-    expected = first.clone()
+def test_averaged_weights_and_statistics_follow_by_the_decay():
+    model = nn.BatchNorm1d(4)
+    average = copy.deepcopy(model)
+    expected = {"weight": model.weight.detach().clone(), "running_var": model.running_var.clone()}
     for step in range(3):
         with torch.no_grad():
-            student.model.head.weight.add_(1.0)
-        student.average.update_parameters(student.model)
-        expected = 0.9 * expected + 0.1 * (first + step + 1)
-    assert torch.allclose(student.average.module.head.weight, expected, atol=1e-6)
+            model.weight.add_(1.0)
+            model.running_var.mul_(2.0)
+        train.update_average(average, model, 0.9)
+        expected = {name: 0.9 * old + 0.1 * getattr(model, name) for name, old in expected.items()}
+    assert all(torch.allclose(getattr(average, name), value, atol=1e-6) for name, value in expected.items())
+
+
+class NoBlockingCopy(TorchDispatchMode):
+    """Refuses a copy from the CPU to another device that the host would wait for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            source = args[1] if function.overloadpacket == torch.ops.aten.copy_ else args[0]
+            target = args[0].device if function.overloadpacket == torch.ops.aten.copy_ else kwargs.get("device")
+            is_free = kwargs.get("non_blocking") or args[2:3] == (True,) or source.device.type != "cpu"
+            assert is_free or target in (None, source.device), f"{function} of {tuple(source.shape)} waits"
+        return function(*args, **kwargs)
 
 
 @pytest.mark.parametrize("distill", [None, "hard", "soft"])
 def test_no_step_waits_for_the_device(distill, tmp_path, monkeypatch):
     """On torch's meta device tensors have no values: to look at one, as .item() and its like do, is an error."""
-    adamw = torch.optim.AdamW                                       # neither fused nor autocast knows that device
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: adamw(groups, lr=lr, foreach=True))
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    nowhere = CPU._replace(device=torch.device("meta"), rank=1)     # only the first rank shows something
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())    # does not know that device
+    looks = []
+    monkeypatch.setattr(train.Meter, "exchange", lambda self, *_: looks.append(self.steps))      # at the epoch's end
+    monkeypatch.setattr(train, "SummaryWriter", lambda *_, **__: None)   # it gets a picture of the first batch, once
+    nowhere = CPU._replace(device=torch.device("meta"))
     recipe = train.make_recipe({"data": "imagenet", "distill": distill, "batch_size": 8, "mix_group": 4, "ema": 0.9,
-                                "clip_grad": 1.0})
-    model = deit.create_model("tiny", distilled=bool(distill), image_size=32, drop_path=0.1)
+                                "clip_grad": 1.0, "precision": "fp32", "accum_steps": 2})
+    with torch.device("meta"):
+        model = deit.create_model("tiny", distilled=bool(distill), image_size=32, drop_path=0.1)
     guide = teacher.freeze(teacher.create_regnet("regnet_y_400mf")).to("meta") if distill else None
-    batch = (torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.randint(1000, (8,)), torch.arange(8),
-             torch.tensor([(1, 4, 4, 10, 10)]))
-    split, sampler = data.Split(None, [""] * 1000), SimpleNamespace(first_step=0, steps=3)
-    run = train.Run(recipe, train.build_student(model, recipe, nowhere), guide, split, split, sampler, [batch] * 3, None, 0)
-    progress = train.Progress(nowhere, recipe, tmp_path, 1000, {"step": 0, "epoch_sums": None})
-    list(train.train_epoch(run, nowhere, 0, progress))
-    progress.close()
-    assert progress.steps_since == 3 and progress.sums.is_meta
+    batch = (torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.randint(1000, (8,)), 0,
+             torch.tensor([(1, 4, 4, 10, 10, 7)]))
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.05), lr=0.0, foreach=True)     # not fused there
+    run = train.Run(recipe, nowhere, tmp_path, [""] * 1000, model, model, copy.deepcopy(model).requires_grad_(False),
+                    optimizer, torch.amp.GradScaler("cpu", enabled=False), guide, None, SimpleNamespace(steps=3), None,
+                    None, {"step": 0, "log": [], "epoch_sums": None})
+    meter = train.Meter(run)
+    data.mean_and_std(nowhere.device)                                    # once in a run, and not in every step
+    with NoBlockingCopy():
+        train.train_epoch(run, 0, iter([batch] * 6), meter)
+    meter.close()
+    assert looks == [3] and meter.sums.is_meta and run.state["step"] == 3
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("large") / "images", train=BATCH // 3)
 
 
 def first_step(folder, path, processes, accum_steps):
@@ -205,13 +294,13 @@ def first_step(folder, path, processes, accum_steps):
 
 
 @pytest.fixture(scope="module")
-def reference_step(shared_folder, tmp_path_factory):
-    return first_step(shared_folder, tmp_path_factory.mktemp("one") / "step.pth", None, 1)
+def reference_step(large_folder, tmp_path_factory):
+    return first_step(large_folder, tmp_path_factory.mktemp("one") / "step.pth", None, 1)
 
 
 @pytest.mark.parametrize("processes, accum_steps", [(2, 1), (None, 3), (2, 2)])
-def test_the_gradient_does_not_depend_on_processes_or_parts(processes, accum_steps, reference_step, shared_folder, tmp_path):
-    step = first_step(shared_folder, tmp_path / "step.pth", processes, accum_steps)
+def test_the_gradient_does_not_depend_on_processes_or_parts(processes, accum_steps, reference_step, large_folder, tmp_path):
+    step = first_step(large_folder, tmp_path / "step.pth", processes, accum_steps)
     assert torch.allclose(step["losses"], reference_step["losses"], rtol=1e-5)
     for name, gradient in reference_step["gradient"].items():
         assert (gradient - step["gradient"][name]).norm() <= 2e-5 * gradient.norm() + 1e-7, name
@@ -221,86 +310,72 @@ def test_the_gradient_does_not_depend_on_processes_or_parts(processes, accum_ste
 # The run
 
 
-def train_in_process(monkeypatch, *args):
-    monkeypatch.setattr("sys.argv", ["train.py", *map(str, args)])
-    train.main()
+def distilled_run(folder, output, regnet_file):
+    return small_run(folder, output, "--ema", 0.9, "--distill", "--teacher", regnet_file, "--any-teacher")
 
 
-def small_run(folder, output, *more):
-    return ("--data", folder, "--image-size", 32, "--batch-size", 16, "--epochs", 3, "--warmup-epochs", 1, "--workers", 1,
-            "--output", output, *more)
+@pytest.fixture(scope="module")
+def whole_run(shared_folder, regnet_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run_main(train, *distilled_run(shared_folder, folder, regnet_file)) == 0
+    return folder
 
 
-def assert_same_content(a, b, path=""):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same_content(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for n, pair in enumerate(zip(a, b)):
-            assert_same_content(*pair, f"{path}[{n}]")
-    else:
-        assert a == b, path
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 8])                        # of 9 steps, 3 in an epoch
+def test_a_stopped_run_resumes_to_the_same_bits(stop_at, whole_run, shared_folder, regnet_file, tmp_path, monkeypatch, capsys):
+    end_step, flags = train.Meter.end_step, distilled_run(shared_folder, tmp_path / "cut", regnet_file)
 
-
-@pytest.mark.parametrize("stop_at", [1, 3, 5, 8])
-def test_a_stopped_run_resumes_to_the_same_bits(stop_at, shared_folder, tmp_path, monkeypatch, capsys):
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "whole", "--ema", 0.9))
-    report, steps = train.Progress.report, []
-
-    def stop(self, *args):
-        steps.append(args)
-        if len(steps) == stop_at:
+    def stop(self, *args, **settings):
+        if self.run.state["step"] == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return report(self, *args)
+        return end_step(self, *args, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Progress, "report", stop)
-        with pytest.raises(SystemExit) as leaving:
-            train_in_process(patch, *small_run(shared_folder, tmp_path / "cut", "--ema", 0.9))
-    assert leaving.value.code == 128 + signal.SIGTERM
-    assert f"--resume --output {tmp_path / 'cut'}" in capsys.readouterr().out
-    train_in_process(monkeypatch, "--resume", "--output", tmp_path / "cut")
-    for name in ("last.pth", "best.pth"):
-        whole, cut = (torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "cut"))
-        assert whole["recipe"].pop("output") != cut["recipe"].pop("output")
-        assert whole["recipe"].pop("resume") is False and cut["recipe"].pop("resume") in (False, True)
-        assert_same_content(whole, cut)
-    assert (tmp_path / "whole" / "log.jsonl").read_bytes() == (tmp_path / "cut" / "log.jsonl").read_bytes()
+        patch.setattr(train.Meter, "end_step", stop)
+        assert run_main(train, *flags) == 128 + signal.SIGTERM
+    assert "the same command with --resume goes on" in capsys.readouterr().out
+    assert torch.load(tmp_path / "cut" / "last.pth", weights_only=True)["state"]["step"] == stop_at
+    assert run_main(train, *flags, "--resume") == 0
+    assert difference_of_runs(whole_run, tmp_path / "cut") is None
 
 
-def test_a_compiled_run_learns_the_same_and_validates_as_evaluate_does(shared_folder, tmp_path, monkeypatch, capsys, caplog):
+def test_the_best_weights_are_those_of_the_best_epoch(shared_folder, tmp_path, monkeypatch):
+    validate, top1 = train.validate, iter((50.0, 90.0, 10.0))
+    monkeypatch.setattr(train, "validate", lambda run: validate(run) | {"top1": next(top1)})
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--lr", 0.032)) == 0
+    log = read_log(tmp_path / "run")
+    losses = [losses_of(tmp_path / "run" / name, shared_folder)["mean"] for name in ("best.pth", "last.pth")]
+    assert losses == [log[1]["loss"], log[2]["loss"]] and len({record["loss"] for record in log}) == 3
+
+
+def test_a_compiled_run_learns_the_same_and_validates_as_evaluate_does(shared_folder, whole_run, regnet_file, tmp_path,
+                                                                       monkeypatch, caplog):
     caplog.set_level(logging.WARNING, "torch.__trace")                   # pytest would collect megabytes of it
     compiled, ordinary = [], nn.Module.compile                           # all of torch.compile but the slow last stage
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self) or ordinary(self, backend="aot_eager"))
-    torch.manual_seed(0)
-    torch.save({"model": train.teacher.create_regnet("regnet_x_400mf", 3).state_dict()}, tmp_path / "teacher.pth")
-    common = ("--distill", "--teacher", tmp_path / "teacher.pth", "--any-teacher", "--ema", 0.9, "--epochs", 2)
-    for name, more in (("eager", ()), ("compiled", ("--compile",))):
-        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / name, *common, *more))
-    eager, other = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-                    for name in ("eager", "compiled"))
+    assert run_main(train, *distilled_run(shared_folder, tmp_path / "run", regnet_file), "--compile") == 0
+    eager, log = read_log(whole_run), read_log(tmp_path / "run")
     assert {type(model).__name__ for model in compiled} == {"RegNet", "DeiT"}
-    assert [record["train_loss"] for record in other] == pytest.approx([record["train_loss"] for record in eager], rel=1e-5)
-    loaded = evaluate.load_any(tmp_path / "compiled" / "last.pth")
-    loader = data.eval_loader(data.open_split(shared_folder, train=False).images, 32)
-    scores = evaluate.evaluate(loaded.model, loader, torch.device("cpu"))
-    assert {head: scores[head].loss for head in ("class", "distillation")} == {
-        head: other[-1][f"{head}_loss"] for head in ("class", "distillation")}
+    assert [record["train_loss"] for record in log] == pytest.approx([record["train_loss"] for record in eager], rel=1e-5)
+    losses = losses_of(tmp_path / "run" / "last.pth", shared_folder)
+    assert all(losses[head] == log[-1][f"{head}_loss"] for head in ("class", "distillation"))
 
 
 def test_a_run_is_never_overwritten(shared_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = [flag for flag in small_run(shared_folder, "runs/a", "--epochs", 1)]
-    train_in_process(monkeypatch, *flags)
+    flags = small_run(shared_folder, "runs/a", "--epochs", 1)
+    assert run_main(train, *flags) == 0
     before = (tmp_path / "runs/a/last.pth").read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        train_in_process(monkeypatch, *flags)
-    assert stop.value.code == 1 and "holds a run already: --resume" in capsys.readouterr().err
+    assert run_main(train, *flags) == 1 and "holds a run already: --resume" in capsys.readouterr().err
     assert (tmp_path / "runs/a/last.pth").read_bytes() == before
+
+
+def test_resume_starts_a_run_where_there_is_none_and_leaves_a_finished_one(shared_folder, tmp_path, capsys):
+    flags = small_run(shared_folder, tmp_path / "run", "--epochs", 1, "--resume")
+    assert run_main(train, *flags) == 0
+    before = (tmp_path / "run" / "best.pth").read_bytes()
+    assert run_main(train, *flags) == 0 and "from step 3 on" in capsys.readouterr().out
+    assert (tmp_path / "run" / "best.pth").read_bytes() == before and len(read_log(tmp_path / "run")) == 1
 
 
 def test_the_whole_way_by_the_command_line_on_two_processes(shared_folder, tmp_path):
@@ -308,14 +383,15 @@ def test_the_whole_way_by_the_command_line_on_two_processes(shared_folder, tmp_p
     run_script("train.py", "--model", "regnet_x_400mf", *small, "--output", tmp_path / "teacher", processes=2)
     done = run_script("train.py", "--model", "tiny", "--distill", "--teacher", tmp_path / "teacher" / "best.pth", *small,
                       "--any-teacher", "--output", tmp_path / "student", processes=2)
-    for line in ("3 classes", "16 = 2 process(es) x 1 part(s) x 8", "16 distinct images, 3 view(s) of each; 3 steps",
-                 "1.563e-05 at the peak (--lr 0.0005 x 16 / 512)", "% top-1 on 15 validation images"):
+    for line in ("48 training, 15 validation images, 3 classes", "3 steps of 16 = 2 process(es) x 1 part(s) x 8",
+                 "3 view(s) of each of 16 images", "1.563e-05 at the peak (--lr 0.0005 x 16 / 512)",
+                 "% top-1 on the validation images; hard distillation, alpha 0.5"):
         assert line in done.stdout, done.stdout
-    log = [json.loads(line) for line in (tmp_path / "student" / "log.jsonl").read_text().splitlines()]
+    log = read_log(tmp_path / "student")
     assert [record["epoch"] for record in log] == [0, 1]
     assert {"top1", "top5", "loss", "class_top1", "distillation_top1", "train_class_loss"} <= log[0].keys()
     assert any(path.name.startswith("events.out.tfevents") for path in (tmp_path / "student").iterdir())
-    for run, processes in (("teacher", None), ("student", None), ("student", 3)):
+    for run, processes in (("teacher", None), ("student", 3)):
         best = torch.load(tmp_path / run / "best.pth", weights_only=True)["record"]
         lines = run_script("evaluate.py", "--weights", tmp_path / run / "best.pth", "--data", shared_folder,
                            processes=processes).stdout.splitlines()
@@ -326,7 +402,7 @@ def test_the_whole_way_by_the_command_line_on_two_processes(shared_folder, tmp_p
 def test_weights_of_other_classes_start_with_a_fresh_head_though_there_are_as_many(model, tmp_path, capsys):
     recipe = train.make_recipe({"data": "imagenet", "model": model, "image_size": 32, "init": str(tmp_path / "init.pth")})
     make = {"tiny": lambda: deit.create_model("tiny", image_size=32, num_classes=3)}.get(
-        model, lambda: train.teacher.create_regnet(model, 3))
+        model, lambda: teacher.create_regnet(model, 3))
     content = {"model": make().state_dict(), "classes": ["ant", "bee", "emu"]}
     torch.save(content, tmp_path / "init.pth")
     for classes, fresh in ((["ant", "bee", "emu"], False), (["cat", "dog", "owl"], True), (["bee", "ant", "emu"], True)):
@@ -348,19 +424,19 @@ def test_two_torchrun_agents_are_one_run(shared_folder, tmp_path):
     agents = [subprocess.Popen(agent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(timeout=200) for process in agents] == [0, 0]
     run_script("train.py", *small_run(shared_folder, tmp_path / "one", "--epochs", 1), processes=2)
-    assert difference(tmp_path / "agents", tmp_path / "one") is None
+    assert difference_of_runs(tmp_path / "agents", tmp_path / "one") is None
 
 
-def test_a_plain_run_is_fine_tuned_at_a_higher_resolution_with_distillation(shared_folder, tmp_path, monkeypatch, capsys):
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "plain", "--epochs", 1))
-    torch.save({"model": train.teacher.create_regnet("regnet_x_400mf", 3).state_dict()}, tmp_path / "teacher.pth")
-    seen, forward = set(), train.teacher.models.RegNet.forward
-    monkeypatch.setattr(train.teacher.models.RegNet, "forward", lambda self, x: seen.add(x.shape[-1]) or forward(self, x))
-    train_in_process(monkeypatch, *small_run(
-        shared_folder, tmp_path / "tuned", "--epochs", 1, "--recipe", "finetune-384", "--image-size", 48, "--distill", "--teacher",
-        tmp_path / "teacher.pth", "--any-teacher", "--init", tmp_path / "plain" / "best.pth"))
-    loaded = evaluate.load_any(tmp_path / "tuned" / "best.pth")
-    assert (loaded.image_size, loaded.model.distilled, seen) == (48, True, {48})
+def test_a_plain_run_is_fine_tuned_at_a_higher_resolution_with_distillation(shared_folder, regnet_file, tmp_path,
+                                                                            monkeypatch, capsys):
+    assert run_main(train, *small_run(shared_folder, tmp_path / "plain", "--epochs", 1)) == 0
+    seen, forward = set(), teacher.models.RegNet.forward
+    monkeypatch.setattr(teacher.models.RegNet, "forward", lambda self, x: seen.add(x.shape[-1]) or forward(self, x))
+    assert run_main(train, *small_run(
+        shared_folder, tmp_path / "tuned", "--epochs", 1, "--recipe", "finetune-384", "--image-size", 48, "--distill",
+        "--teacher", regnet_file, "--any-teacher", "--init", tmp_path / "plain" / "best.pth")) == 0
+    model = evaluate.load_any(tmp_path / "tuned" / "best.pth")
+    assert (model.image_size, model.distilled, seen) == (48, True, {48})
     assert "fresh distillation token and head" in capsys.readouterr().out
 
 
@@ -368,11 +444,11 @@ def test_without_data_the_demo_makes_its_teacher_and_says_so_first(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data.Demo, "train_size", 64)
     monkeypatch.setattr(data.Demo, "val_size", 20)
-    train_in_process(monkeypatch, "--model", "tiny", "--distill", "--any-teacher", "--epochs", 1, "--workers", 0)
+    assert run_main(train, "--model", "tiny", "--distill", "--any-teacher", "--epochs", 1, "--workers", 0) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("NO --data AND NO ./imagenet HERE: training on the built-in demo")
     assert "in place of the paper's values: image_size 48, epochs 1, batch_size 32" in printed
-    assert re.search(r"teacher +runs/tiny-distilled-demo/teacher/best.pth: \d+\.\d\d % top-1 on 20 validation images", printed)
+    assert re.search(r"teacher +runs/tiny-distilled-demo/teacher/best.pth: \d+\.\d\d % top-1 on the validation images", printed)
     assert printed.endswith("python evaluate.py --weights runs/tiny-distilled-demo/best.pth --data demo\n")
 
 
@@ -386,24 +462,28 @@ def test_tensorboard_shows_the_first_batch_as_the_model_saw_it_and_no_other(shar
 
     with monkeypatch.context() as patch:
         patch.setattr(data, "mix", watch)
-        train_in_process(patch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
+        assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--epochs", 1)) == 0
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload()
     (picture,) = events.Images("first batch")
     sheet = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
     mean, std = (np.array(values)[:, None, None] for values in (data.IMAGENET_MEAN, data.IMAGENET_STD))
     for number, image in enumerate(seen[0][:8].numpy()):                # the first row: 8 pictures, 2 pixels apart
         cell = sheet[2:34, 2 + 34 * number:34 + 34 * number].transpose(2, 0, 1)
-        assert np.abs(cell - (image * std + mean).clip(0, 1) * 255).max() <= 1
+        assert np.abs(cell - (image * std + mean).clip(0, 1) * 255).max() < 1.01
 
 
-def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(shared_folder, tmp_path, monkeypatch, capsys):
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "a", "--epochs", 1))
+def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(shared_folder, tmp_path):
+    assert run_main(train, *small_run(shared_folder, tmp_path / "a", "--epochs", 1)) == 0
     checkpoint = torch.load(tmp_path / "a" / "best.pth", weights_only=True)
     assert checkpoint["classes"] == ["cat", "dog", "owl"]
     assert checkpoint["recipe"].keys() == asdict(train.Recipe()).keys()
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "b", "--epochs", 1, "--init",
-                                             tmp_path / "a" / "best.pth", "--image-size", 48))
+    assert run_main(train, *small_run(shared_folder, tmp_path / "b", "--epochs", 1, "--init",
+                                      tmp_path / "a" / "best.pth", "--image-size", 48)) == 0
     assert deit.load_model(tmp_path / "b" / "best.pth").image_size == 48
+
+
+# ---------------------------------------------------------------------------------------------------
+# Mistakes
 
 
 @pytest.mark.parametrize("args, message", [
@@ -415,74 +495,100 @@ def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(sha
     (["--data", "{data}", "--image-size", "100"], "try 96"),
     (["--data", "{data}", "--distill"], "knows ImageNet's 1000 classes and the data has 3; train one"),
     (["--data", "{data}", "--distill", "--teacher", "{wrong}"], "knows 7 classes and the data has 3; train one"),
-    (["--data", "{data}", "--distill", "--teacher", "{text}"], "not a file of tensors"),
-    (["--data", "{data}", "--distill", "--teacher", "absent.pth"], "no RegNet absent.pth"),
+    (["--data", "{data}", "--distill", "--teacher", "{text}"], "notes.pth"),
+    (["--data", "{data}", "--distill", "--teacher", "absent.pth"], "no weights file 'absent.pth'"),
     (["--data", "{data}", "--teacher", "{wrong}"], "would do nothing without --distill: add that"),
     (["--data", "{data}", "--model", "regnet_y_400mf", "--distill"], "--distill trains a DeiT"),
-    (["--data", "{data}", "--init", "{text}"], "is not a checkpoint"),
+    (["--data", "{data}", "--init", "{text}"], "cannot read weights {text}"),
     (["--data", "{data}", "--model", "small", "--init", "{distilled}"], "is a tiny model: --model tiny"),
     (["--data", "{data}", "--recipe", "imagenet"], "invalid choice: 'imagenet'"),
-    (["--data", "{data}", "--recipe", "convnet"], "--recipe convnet is for a RegNet, not tiny"),
-    (["--data", "{data}", "--model", "regnet_y_400mf", "--init", "{other}"], "is a regnet_x_400mf"),
+    (["--data", "{data}", "--model", "regnet_y_400mf", "--init", "{other}"], "is a regnet_x_400mf model"),
     (["--data", "{data}", "--precision", "fp16"], "fp16 needs a GPU"),
     (["--data", "{data}", "--temperature", "2", "--distill"], "--temperature 2.0 would do nothing without --distill soft"),
     (["--data", "{data}", "--model", "regnet_y_400mf", "--drop-path", "0.2"], "would do nothing without a DeiT"),
     (["--data", "{data}", "--distill", "--teacher", "{foreign}"], "knows other classes: where it has 'ant', the data has 'cat'"),
-    (["--distill", "--batch-size", "33", "--accum-steps", "2"], "does not divide"),
-    (["--data", "{data}", "--epochs", "0"], "--epochs 0: it must be 1 or more"),
-    (["--data", "{data}", "--drop-path", "1"], "--drop-path 1.0: it must be from 0 to 0.99"),
-    (["--data", "{data}", "--lr", "nan"], "--lr nan: it must be 0 or more"),
+    (["--distill", "--batch-size", "33", "--accum-steps", "2"], "--batch-size 33 is no multiple of"),
+    (["--data", "{data}", "--epochs", "0"], "--epochs: 0: it must be from 1 to 1e+06"),
+    (["--data", "{data}", "--epochs", "9" * 400], "--epochs: 99999999999999999999: it must be from 1"),
+    (["--data", "{data}", "--workers", "10000"], "--workers: 10000: it must be from 0 to 256"),
+    (["--data", "{data}", "--repeats", "1000000000"], "--repeats: 1000000000: it must be from 1 to 8"),
+    (["--data", "{data}", "--drop-path", "1"], "--drop-path: 1: it must be from 0 to 0.99"),
+    (["--data", "{data}", "--lr", "nan"], "--lr: nan: it must be from 0 to 1e+06"),
     (["--data", "{data}", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-    (["--data", "{data}", "--resume"], "nothing to resume"),
+    (["--data", ""], "--data is empty"),
+    (["--data", "{data}", "--init", ""], "--init is empty"),
+    (["--data", "{data}", "--output", ""], "--output is empty"),
+    (["--data", "{data}", "--distill", "--teacher", ""], "--teacher is empty"),
     (["--data", "{data}", "--output", "{text}"], "notes.pth")])
 def test_a_mistake_is_one_line_and_a_status_before_any_work(args, message, shared_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train_epoch", None)                      # it must not come so far
+    monkeypatch.setattr(train, "train", None)                            # it must not come so far
     (tmp_path / "notes.pth").write_text("hello\nworld\n")
     names = {"data": shared_folder, "text": tmp_path / "notes.pth"}
     for name, regnet, classes in (("wrong", "regnet_y_400mf", 7), ("other", "regnet_x_400mf", 3)):
         names[name] = tmp_path / f"{name}.pth"
-        torch.save({"model": train.teacher.create_regnet(regnet, classes).state_dict()}, names[name])
+        torch.save({"model": teacher.create_regnet(regnet, classes).state_dict()}, names[name])
     names["foreign"] = tmp_path / "foreign.pth"
     torch.save(torch.load(names["other"], weights_only=True) | {"classes": ["ant", "bee", "emu"]}, names["foreign"])
     names["distilled"] = tmp_path / "distilled.pth"
     torch.save(deit.create_model("tiny", distilled=True, image_size=32, num_classes=3).state_dict(), names["distilled"])
-    with pytest.raises(SystemExit) as stop:
-        train_in_process(monkeypatch, "--image-size", 32, "--batch-size", 16, *(arg.format(**names) for arg in args))
+    status = run_main(train, "--image-size", 32, "--batch-size", 16, *(arg.format(**names) for arg in args))
     printed = capsys.readouterr().err
-    assert stop.value.code not in (0, None) and message in printed
-    assert printed.count("\n") == 1 and "Traceback" not in printed
-    assert not list(tmp_path.glob("runs/*"))                             # no folder of a run that never was
+    assert status and message.format(**names) in printed
+    assert printed.count("\n") == 1 and printed.startswith("train.py: ")
+    assert not [path for path in tmp_path.glob("runs/**/*") if path.is_file()]           # no run that never was
 
 
-def test_a_run_is_resumed_on_its_own_data_only(folder, tmp_path, monkeypatch, capsys):
-    train_in_process(monkeypatch, *small_run(folder, tmp_path / "run", "--epochs", 1))
-    (folder / "train" / "cat" / "0.jpg").unlink()
-    with pytest.raises(SystemExit):
-        train_in_process(monkeypatch, "--resume", "--output", tmp_path / "run")
-    assert "the run to resume was on 48 images of 3 classes" in capsys.readouterr().err
+def test_torchruns_summary_shows_the_message_which_is_printed_once_without_a_traceback(tmp_path):
+    done = run_script("train.py", "--data", "absent", cwd=tmp_path, processes=2, check=False)
+    message = "train.py: no dataset 'absent'"
+    printed, summary = done.stderr.split("train.py FAILED", 1)
+    assert done.returncode != 0 and message in summary
+    assert printed.count(message) == 1 and f'{ROOT / "train.py"}", line' not in done.stderr, done.stderr
 
 
-def test_the_log_names_averaged_weights_and_heads(shared_folder, tmp_path, monkeypatch):
-    train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run", "--epochs", 1, "--ema", 0.5))
-    record = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+def test_any_failure_of_the_set_up_is_one_line_and_one_of_the_loop_keeps_its_traceback(shared_folder, tmp_path,
+                                                                                       monkeypatch, capsys):
+    def fail(*_):
+        return {}["a programming error"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "open_dataset", fail)
+        assert run_main(train, *small_run(shared_folder, tmp_path / "run")) == 1
+    assert capsys.readouterr().err == "train.py: KeyError: 'a programming error'\n"
+    monkeypatch.setattr(train, "train_epoch", fail)
+    with pytest.raises(KeyError):
+        run_main(train, *small_run(shared_folder, tmp_path / "run", "--workers", 0))
+
+
+@pytest.mark.parametrize("change", ["one image less", "one image moved to another class"])
+def test_a_run_is_resumed_on_its_own_images_and_labels_only(change, folder, tmp_path, capsys):
+    assert run_main(train, *small_run(folder, tmp_path / "run", "--epochs", 1)) == 0
+    image = folder / "train" / "cat" / "0.jpg"
+    image.rename(tmp_path / "0.jpg" if "less" in change else folder / "train" / "dog" / "new.jpg")
+    assert run_main(train, *small_run(folder, tmp_path / "run", "--epochs", 1, "--resume")) == 1
+    assert f"that run was on other images or labels than {folder} has now" in capsys.readouterr().err
+
+
+def test_the_log_names_averaged_weights_and_heads(shared_folder, tmp_path):
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--epochs", 1, "--ema", 0.5)) == 0
+    (record,) = read_log(tmp_path / "run")
     assert {"top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss", "train_loss"} <= record.keys()
     assert not any("__" in name or name.startswith("_") for name in record)
 
 
-def test_an_image_that_cannot_be_read_stops_the_run_with_its_path(folder, tmp_path, monkeypatch, capsys):
+def test_an_image_that_cannot_be_read_stops_the_run_with_its_path(folder, tmp_path, capsys):
     path = folder / "train" / "dog" / "3.jpg"
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(SystemExit):
-        train_in_process(monkeypatch, *small_run(folder, tmp_path / "run", "--repeats", 1))
+    assert run_main(train, *small_run(folder, tmp_path / "run", "--repeats", 1)) == 1
     assert f"train.py: cannot read image {path}" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(shared_folder, tmp_path, monkeypatch, capsys):
     forward = deit.DeiT.forward
     monkeypatch.setattr(deit.DeiT, "forward", lambda self, images: forward(self, images) * float("nan"))
-    with pytest.raises(SystemExit):
-        train_in_process(monkeypatch, *small_run(shared_folder, tmp_path / "run"))
+    monkeypatch.setattr(train, "LOOK_SECONDS", -1)
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run")) == 1
     assert "rank 0: the loss became nan between steps 0 and 0 of epoch 0 (learning rate 1e-06" in capsys.readouterr().err
 
 

@@ -2,9 +2,13 @@
 
     FAULT=nan:RANK:STEP      the loss of that rank becomes nan from that step on
     FAULT=slow:RANK:STEP     each batch of that rank's validations takes a second
+    FAULT=dead:RANK:STEP     that rank is killed
+    FAULT=crash:RANK:STEP    that rank raises an exception that no user can cause
     FAULT=stuck:RANK:STEP    that rank sleeps for 18 seconds, and the others wait for 10
+    FAULT=crawl:RANK:STEP    each step of that rank takes two seconds, and checkpoints are as rare as they really are
 """
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -16,7 +20,6 @@ import deit
 import evaluate
 import train
 
-train.CHECKPOINT_MINUTES = 0
 kind, rank, at = os.environ.get("FAULT", "none:0:0").split(":")
 mine = rank == os.environ.get("RANK", "0")
 forward, steps = deit.DeiT.forward, []
@@ -28,11 +31,17 @@ def faulty_forward(self, images):
     due = mine and self.training and len(steps) > int(at)
     if mine and kind == "slow" and not self.training:
         time.sleep(1)
-    if due and kind == "stuck":
-        time.sleep(18)
+    if due and kind in ("stuck", "crawl"):
+        time.sleep(18 if kind == "stuck" else 2)
+    if due and kind == "dead":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if due and kind == "crash":
+        raise AttributeError("a programming error")
     return forward(self, images) * float("nan") if due and kind == "nan" else forward(self, images)
 
 
+if kind != "crawl":
+    train.LOOK_SECONDS, train.SAVE_SECONDS, train.SAVE_SHARE = -1, -1, float("inf")
 if kind == "stuck":
     evaluate.TIMEOUT = timedelta(seconds=10)
 if kind != "none":
