@@ -313,23 +313,24 @@ class Meter:
         """Waits for the device, and shows the mean over ranks since the last look. Raises FloatingPointError
         on all ranks if a loss, gradient or weight of any is not finite."""
         run, weights = self.run, nn.utils.get_total_norm(self.run.model.parameters())
-        own = torch.cat((self.sums, torch.maximum(self.norm, 0 * weights)[None]))        # 0 * inf is nan
+        own = torch.cat((self.sums, self.norm[None], weights[None]))
         ranks = [own.clone() for _ in range(run.world.world_size)]
         if len(ranks) > 1:
             dist.all_gather(ranks, own)
-        table = torch.stack(ranks).cpu()                                            # (ranks, terms + norm)
-        run.state["epoch_sums"], norm = table[:, :-1].tolist(), table[:, -1].max().item()
+        table = torch.stack(ranks).cpu()                                            # (ranks, terms + 2)
+        run.state["epoch_sums"], norm = table[:, :-2].tolist(), table[:, -2].max().item()
         bad = [f"rank {rank}: the loss became {loss}" for rank, loss in enumerate(table[:, 0].tolist())
                if not math.isfinite(loss)]
         # fp16: a step with an overflow is left out and the loss scale halved, as it should be, down to 1
-        if not math.isfinite(norm) and not (run.scaler.is_enabled() and run.scaler.get_scale() >= 1):
+        is_skipped = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
+        if not table[:, -1].isfinite().all() or not math.isfinite(norm) and not is_skipped:
             bad.append("a gradient or weight is not finite")
         if bad:
             raise FloatingPointError(
                 f"{bad[0]} between steps {step + 1 - self.steps} and {step} of epoch {epoch} (learning rate "
                 f"{lr:.3g}, gradient norm {norm:.3g}); {run.folder / 'last.pth'} is from before it. Try a "
                 "lower --lr, or --precision fp32")
-        seconds, sums = time.monotonic() - self.looked, table[:, :-1].mean(dim=0)
+        seconds, sums = time.monotonic() - self.looked, table[:, :-2].mean(dim=0)
         means = ((sums - self.shown) / self.steps).tolist()
         values = dict(zip(self.terms, means)) | {
             "lr": lr, "gradient_norm": norm, "data_wait_share": self.waited / seconds,
