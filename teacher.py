@@ -115,8 +115,7 @@ def weights_url(source):
 
 def read_weights(source):
     """What the file, URL or name holds. Raises OSError or ValueError naming it."""
-    names = ("official", "regnet_y_16gf", "torchvision's other RegNets")
-    return deit.read_checkpoint(weights_url(source) or source, names)
+    return deit.read_checkpoint(weights_url(source) or source, ("official", "a name such as regnet_y_16gf"))
 
 
 def torchvision_names(state):

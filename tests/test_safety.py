@@ -138,7 +138,7 @@ def test_nan_on_one_rank_stops_all_and_one_line_says_on_which(shared_folder, tmp
     done = run_script("tests/train_with_faults.py", *small_run(shared_folder, tmp_path / "run"), processes=2, check=False)
     printed, _ = done.stderr.split("FAILED", 1)                          # torchrun's summary repeats it
     lines = [line for line in printed.splitlines() if "train.py: rank" in line]
-    assert done.returncode != 0 and len(lines) == 1
+    assert done.returncode != 0 and len(lines) == 1, done.stderr
     assert lines[0].split("train.py: ")[1].startswith("rank 1: the loss became nan between steps 1 and 1 of epoch 1")
     assert saved_state(tmp_path / "run")["step"] == 4
 
