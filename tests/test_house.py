@@ -42,7 +42,7 @@ def test_each_script_imports_the_others_that_it_builds_on_and_no_more():
                      "train": {"deit", "distill", "data", "teacher", "evaluate"}}
 
 
-def test_nothing_is_imported_beyond_the_five_packages_and_pillow_which_torchvision_brings():
+def test_nothing_is_imported_beyond_the_five_packages_and_torchvisions_pillow():
     others = set().union(*map(imports, TREE.values())) - set(sys.stdlib_module_names) - set(SCRIPTS)
     required = set(re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
     assert required == {"torch", "torchvision", "numpy", "tqdm", "tensorboard"}
@@ -54,8 +54,8 @@ def test_the_top_level_holds_the_six_scripts_and_nothing_else_that_runs():
 
 
 def test_every_field_of_the_recipe_is_read():
-    read = {node.attr for node in ast.walk(TREE["train"]) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-            and isinstance(node.value, (ast.Name, ast.Attribute))
+    read = {node.attr for node in ast.walk(TREE["train"]) if isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Load) and isinstance(node.value, (ast.Name, ast.Attribute))
             and "recipe" in (node.value.id if isinstance(node.value, ast.Name) else node.value.attr)}
     assert {item.name for item in fields(train.Recipe)} <= read
 
@@ -107,9 +107,10 @@ def test_the_flags_and_files_that_the_readme_names_exist():
     known = set(re.findall(r"--[a-z][a-z-]+", "".join(map(help_of, SCRIPTS))))
     known |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "tests" / "kill_and_resume.py").read_text()
                             + (ROOT / "tests" / "benchmark.py").read_text()))
-    torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts", "--logdir"}
-    torchrun |= {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal", "--requeue"}
-    assert set(re.findall(r"--[a-z][a-z_-]+", README)) - torchrun <= known
+    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts"}
+    others |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal", "--requeue"}
+    others |= {"--job-name", "--logdir"}                                  # torchrun's, Slurm's and TensorBoard's
+    assert set(re.findall(r"--[a-z][a-z_-]+", README)) - others <= known
     files = set(re.findall(r"`((?:tests/)?[a-z_]+\.(?:py|txt|md))`", README))
     assert files and all((ROOT / file).exists() for file in files)
 
@@ -120,5 +121,6 @@ def test_the_readme_shows_every_preset():
 
 def test_the_benchmark_runs_and_compares_equal_models():
     printed = run_script("tests/benchmark.py", "--quick", "--rounds", 1, "--only", "models", "optimizer").stdout
-    for row in ("inference, batch 8 .* timm", "forward and backward, batch 8 .* timm", "optimiser and EMA, .* the official way"):
+    for row in ("inference, batch 8 .* timm", "forward and backward, batch 8 .* timm",
+                "optimiser and EMA, .* the official way"):
         assert re.search(rf"^tiny: {row} +\d+\.\d\d ", printed, re.MULTILINE), printed

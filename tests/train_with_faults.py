@@ -4,7 +4,7 @@
     FAULT=slow:RANK:STEP     each batch of that rank's validations takes a second
     FAULT=dead:RANK:STEP     that rank is killed
     FAULT=crash:RANK:STEP    that rank raises an exception that no user can cause
-    FAULT=stuck:RANK:STEP    that rank sleeps for 18 seconds, and the others wait for 10
+    FAULT=stuck:RANK:STEP    that rank sleeps for 13 seconds, and the others wait for 10
     FAULT=crawl:RANK:STEP    each step of that rank takes two seconds, and checkpoints are as rare as they really are
 """
 import os
@@ -32,7 +32,7 @@ def faulty_forward(self, images):
     if mine and kind == "slow" and not self.training:
         time.sleep(1)
     if due and kind in ("stuck", "crawl"):
-        time.sleep(18 if kind == "stuck" else 2)
+        time.sleep(13 if kind == "stuck" else 2)
     if due and kind == "dead":
         os.kill(os.getpid(), signal.SIGKILL)
     if due and kind == "crash":
