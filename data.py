@@ -220,8 +220,8 @@ def mix(images, labels, num_classes, *, first=0, repeats=3, lambdas=4, mixup=0.8
     (B, K), which sum to 1 and are not smoothed. `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0
     leaves one out. `lambdas` mixes (mode, lambda, box) are drawn from torch's global generator and dealt to
     the views in turn, as the official sampler deals views to processes, which draw one each. `first` is the
-    batch's position in the epoch. So with `lambdas` >= `repeats` each view of an image has its own mix and
-    partner (see `partners`), on any number of processes. Fewer than 2 `repeats` views are left unmixed."""
+    batch's position in the epoch. So with `lambdas` >= `repeats` each view of an image has its own mix, and
+    its own partner (see `partners`). Batches of fewer than 2 `repeats` views are left unmixed."""
     targets = F.one_hot(labels, num_classes).float()
     if not (mixup or cutmix) or len(images) < 2 * repeats:
         return images, targets
@@ -248,7 +248,7 @@ def draw_mixes(number, images, mixup, cutmix):
 
 def partners(number, first, repeats, device=None):
     """The index (B,) of each view's partner: `repeats` places before it or more, which is another image, and
-    further for each view of an image, so that it meets three images (two in some batches of 6 to 15 views).
+    further for each view of an image: three views meet three images (with 16 views or more in the batch).
     If B is a multiple of 16, they are within 16 consecutive views: it may be divided among processes."""
     block = 16 if number % 16 == 0 else number
     place = torch.arange(number, device=device)
@@ -299,7 +299,8 @@ def list_images(folder):
     paths, others, seen = [], 0, set()
     for root, folders, files in os.walk(folder, followlinks=True):
         here = os.path.realpath(root)
-        for name in sorted(folders):
+        folders.sort()
+        for name in list(folders):
             target = os.path.realpath(os.path.join(root, name))
             if name[0] == "." or target in seen or os.path.commonpath([here, target]) == target:
                 folders.remove(name)
@@ -433,17 +434,17 @@ def describe_ignored(*splits):
     return f", {ignored} other file(s) ignored" if ignored else ""
 
 
-def fingerprint(images):
-    """Hexadecimal digits that change with the classes, the number, and a folder's file names and labels."""
-    digest = hashlib.sha256(repr((images.classes, len(images))).encode())
-    for tensor in (images.names, images.labels) if isinstance(images, Folder) else ():
-        digest.update(tensor.numpy())
+def fingerprint(*splits):
+    """Hexadecimal digits that change with the classes, the numbers, and a folder's file names and labels."""
+    digest = hashlib.sha256()
+    for images in splits:
+        digest.update(repr((images.classes, len(images))).encode())
+        for tensor in (images.names, images.labels) if isinstance(images, Folder) else ():
+            digest.update(tensor.numpy())
     return digest.hexdigest()[:16]
 
 
 class EvalImages(Dataset):
-    """Images (3, S, S) uint8 as `eval_transform` cuts them, with their labels."""
-
     def __init__(self, images, image_size, crop_ratio=0.875):
         self.images, self.transform = images, eval_transform(image_size, crop_ratio=crop_ratio)
 
@@ -506,7 +507,7 @@ def check(images, name):
         try:
             images[index]
         except Exception as error:
-            return str(error)
+            return str(error) or repr(error)
 
     with ThreadPool(usable_cpus()) as pool:                         # Pillow decodes outside Python's lock
         reasons = pool.imap(problem, range(len(images)), chunksize=64)

@@ -71,7 +71,7 @@ def predict(model, images):
 def predictions(model, loader, device, columns=None, progress=False):
     """Yields ({head: logits}, labels) of each batch of data.eval_loader. Batches are filled up to one size,
     since the arithmetic of a matrix product may depend on its shape; compiled models run uncompiled, cuDNN
-    chooses without timing. So validation during training gives the numbers of this script."""
+    chooses without timing. So training on a CPU validates with the numbers of this script."""
     was_training, benchmark = model.training, torch.backends.cudnn.benchmark
     model.eval()
     torch.backends.cudnn.benchmark = False
@@ -276,8 +276,6 @@ def one_line_errors(program, *kinds):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, printed by one process."""
-
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n"
                   if os.environ.get("LOCAL_RANK", "0") == "0" else None)

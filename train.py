@@ -51,7 +51,6 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 def flag(default, help, low=None, high=None):
-    """A field of the recipe: a number from `low` to `high`, or a word that is one of `low`."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
@@ -183,7 +182,7 @@ def train_epoch(run, epoch, batches, meter):
         run.state["step"] += 1
         due = meter.end_step(norm, is_last=step == sampler.steps - 1)
         if due >= LOOK:
-            meter.exchange(epoch, step, lr)                  # the only place where the host waits
+            meter.exchange(epoch, step, lr)                  # but for saving, all waiting for the device
         if due >= SAVE:
             save(run, meter)
         if due == STOP:
@@ -199,8 +198,7 @@ def update_average(ema_model, model, decay):
 
 
 def validate(run):
-    """What the log says of the raw weights, and with ema_ before it of the averaged ones: top1, top5 and loss
-    of each head, and how often it agrees with the teacher."""
+    """The log's scores: top1, top5, loss and agreement of each head; with ema_ before of averaged weights."""
     record, names = {}, ("top1", "top5", "loss") + (("agreement",) if run.teacher else ())
     for prefix, model in (("", run.model), ("ema_", run.ema_model))[: 2 if run.ema_model else 1]:
         for buffer in model.buffers() if run.world.world_size > 1 else ():
@@ -254,8 +252,7 @@ NOTHING, LOOK, SAVE, STOP = range(4)                         # what is due after
 
 
 class Meter:
-    """Sums what the loop reports on the device, and every few seconds brings it to the host: on the first
-    rank to the bar and TensorBoard."""
+    """Sums what the loop reports on the device, and shows it where the host looks every few seconds."""
 
     def __init__(self, run):
         self.run, state, world = run, run.state, run.world
@@ -293,6 +290,8 @@ class Meter:
             sheet = torchvision.utils.make_grid(data.denormalize(images[:64]).cpu(), nrow=8)
             self.writer.add_image("first batch", sheet, self.run.state["step"])
         self.is_first_batch = False
+        if self.step_done:
+            self.step_done.record()
 
     def is_save_due(self, seconds):
         return time.monotonic() - self.saved > max(seconds, self.save_seconds / SAVE_SHARE)
@@ -301,10 +300,9 @@ class Meter:
         """What is due after this step, agreed among the processes' CPUs: no device is asked."""
         self.norm = torch.maximum(self.norm, norm)           # nan wins
         self.steps += 1
-        if self.step_done:
-            self.step_done.record()
-        is_look, is_save = time.monotonic() - self.looked > LOOK_SECONDS, self.is_save_due(SAVE_SECONDS)
-        due = torch.tensor(max(LOOK * (is_last or is_look), SAVE * is_save, STOP * (self.signal > 0)))
+        is_look = is_last or time.monotonic() - self.looked > LOOK_SECONDS
+        is_save = self.run.world.rank == 0 and self.is_save_due(SAVE_SECONDS)
+        due = torch.tensor(max(LOOK * is_look, SAVE * is_save, STOP * (self.signal > 0)))
         if self.run.world.world_size > 1:
             dist.all_reduce(due, dist.ReduceOp.MAX)
         return int(due)
@@ -331,8 +329,7 @@ class Meter:
                 f"{lr:.3g}, gradient norm {norm:.3g}); {run.folder / 'last.pth'} is from before it. Try a "
                 "lower --lr, or --precision fp32")
         seconds, sums = time.monotonic() - self.looked, table[:, :-2].mean(dim=0)
-        means = ((sums - self.shown) / self.steps).tolist()
-        values = dict(zip(self.terms, means)) | {
+        values = dict(zip(self.terms, ((sums - self.shown) / self.steps).tolist())) | {
             "lr": lr, "gradient_norm": norm, "data_wait_share": self.waited / seconds,
             "images_per_second": run.recipe.batch_size * self.steps / seconds}
         self.write("train", run.state["step"], values)
@@ -346,11 +343,12 @@ class Meter:
     def end_epoch(self, record):
         """Shows a record of the log, and starts the next epoch's sums."""
         scores = {name: value for name, value in record.items() if name not in ("epoch", "step", "lr")}
-        self.write("val", record["step"], scores)
+        self.write("epoch", record["step"], scores)
         more = ", ".join(f"{name} {value:.2f}" for name, value in scores.items()
                          if name.endswith(("_top1", "agreement")))
         line = "epoch {epoch:>3}  loss {train_loss:.4f}  top-1 {top1:.2f}  top-5 {top5:.2f}".format(**record)
-        self.bar.write(f"{line}  {more}".rstrip())
+        if self.writer:                                      # a disabled bar would write all the same
+            self.bar.write(f"{line}  {more}".rstrip())
         self.restart(torch.zeros_like(self.shown))
         self.sums.zero_()
 
@@ -461,7 +459,7 @@ def restore(run, checkpoint):
     """Puts everything back as it was saved, and returns in words what else is different now. Raises
     ValueError if the checkpoint is not of this run and these images."""
     with deit.naming(run.folder / "last.pth"):
-        if run.state["data"] != data.fingerprint(run.loader.dataset.images):
+        if run.state["data"] != data.fingerprint(run.loader.dataset.images, run.val_loader.dataset.images):
             raise ValueError(f"that run was on other images or labels than {run.recipe.data} has now")
         deit.load_strictly(run.model, checkpoint["model"])
         if run.ema_model:
@@ -490,8 +488,7 @@ PRESETS = {
         "official command for base, 82.89 %, where no path is dropped; with --distill it is our choice"),
     "mmpretrain-small": (
         {"warmup_epochs": 20.0, "clip_grad": 5.0, "repeats": 1, "drop_path": 0.0},
-        "mmpretrain's plain models, tiny 74.50 %, small 80.69 % (its cosine starts after the warm-up, up to "
-        "13 % higher; its erasing fills a box with one colour)"),
+        "mmpretrain's tiny 74.50 %, small 80.69 % (there: cosine after warm-up, boxes erased in one colour)"),
     "cifar-cars": (
         {"optimizer": "sgd", "lr": 0.01 * 512 / 768, "weight_decay": 1e-4, "batch_size": 768, "epochs": 1000,
          "erasing": 0.0, "drop_path": 0.0},
@@ -522,7 +519,6 @@ def listing(values):
 
 
 def parse_flags():
-    """The flags that were typed, as a dict."""
     presets = "\n".join(f"  {name}: {source}\n      {listing(values)}"
                         for name, (values, source) in PRESETS.items())
     parser = OneLineParser(description="Trains a DeiT, or a RegNet to teach one.", allow_abbrev=False,
@@ -545,8 +541,7 @@ def parse_flags():
 
 
 def make_recipe(typed):
-    """The paper's values, changed by the demo's where that is the data, by the preset's, by what was typed.
-    Raises ValueError for values that do not go together."""
+    """The paper's values, changed by the demo's, the preset's, and what was typed. Raises ValueError."""
     for name, value in typed.items():
         if value == "":
             raise ValueError(f"{option(name)} is empty (an unset variable?): give a value, or leave it out")
@@ -623,9 +618,9 @@ def build(recipe, world, folder, checkpoint=None):
     ValueError or OSError for whatever would stop it later."""
     device, teacher_model, decisions, top1 = world.device, None, None, None
     recipe = replace(recipe, precision=choose_precision(recipe.precision, device))
-    if recipe.workers is None:
-        recipe.workers = max(1, data.usable_cpus() // world.local_world_size)
     batch_size, workers = local_batch_size(recipe, world), recipe.workers
+    if workers is None:
+        workers = max(1, data.usable_cpus() // world.local_world_size)
     with local_rank_zero_first(world):                       # it may download data, --init or the teacher
         images, val_images = data.open_dataset(recipe.data)
         classes = images.classes
@@ -635,7 +630,7 @@ def build(recipe, world, folder, checkpoint=None):
         if recipe.distill:
             teacher_model = teacher.load_teacher(recipe.teacher, len(classes), classes).to(device)
     state = checkpoint["state"] if checkpoint else {
-        "step": 0, "log": [], "epoch_sums": None, "data": data.fingerprint(images)}
+        "step": 0, "log": [], "epoch_sums": None, "data": data.fingerprint(images, val_images)}
     sampler = data.RepeatedAugSampler(
         len(images), world.rank, world.world_size, batch_size=batch_size, accum_steps=recipe.accum_steps,
         repeats=recipe.repeats, epochs=recipe.epochs, first_step=state["step"], seed=recipe.seed)
@@ -654,10 +649,11 @@ def build(recipe, world, folder, checkpoint=None):
     if world.world_size > 1:
         devices = [device] if device.type == "cuda" else None
         ddp_model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    groups, options = parameter_groups(model, recipe.weight_decay), {"lr": 0.0, "fused": True}
-    optimizer = (torch.optim.AdamW(groups, **options) if recipe.optimizer == "adamw" else
-                 torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options))
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+    groups, is_fp16 = parameter_groups(model, recipe.weight_decay), recipe.precision == "fp16"
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    if recipe.optimizer == "sgd":                            # a first step that overflows: no fused momentum
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, fused=not is_fp16)
+    scaler = torch.amp.GradScaler(device.type, enabled=is_fp16)
     run = Run(recipe, world, folder, classes, model, ddp_model, ema_model, optimizer, scaler, teacher_model,
               decisions, sampler, loader, val_loader, state)
     changes = restore(run, checkpoint) if checkpoint else []
@@ -672,7 +668,7 @@ def summary(run, teacher_top1, changes):
     changed = {name: value for name, value in asdict(recipe).items() if value != getattr(paper, name) and (
         name == "optimizer" or type(getattr(paper, name)) in (int, float) and name != "seed")}
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "CPU"
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    parameters, workers = sum(p.numel() for p in run.model.parameters()), run.loader.num_workers
     lines = {
         "run": f"{run.folder}, from step {run.state['step']:,} on",
         "resumed": changes and f"not bit for bit what it would have become, with {', '.join(changes)}",
@@ -689,7 +685,7 @@ def summary(run, teacher_top1, changes):
                  f"{parameters:,} parameters",
         "teacher": run.teacher and f"{recipe.teacher}: {teacher_top1:.2f} % top-1 on the validation images; "
                                    f"{recipe.distill} distillation, alpha {recipe.alpha:g}",
-        "device": f"{device}, {recipe.precision}, {recipe.workers} worker(s) each, torch {torch.__version__}",
+        "device": f"{device}, {recipe.precision}, {workers} worker(s), torch {torch.__version__}",
     }
     if sampler.batch_size < 2 * recipe.repeats and (recipe.mixup or recipe.cutmix):
         lines["note"] = f"{sampler.batch_size} views at a time are not mixed, {2 * recipe.repeats} would be"
@@ -699,17 +695,19 @@ def summary(run, teacher_top1, changes):
 # ---- Command line ---------------------------------------------------------------------------------
 
 
-def build_and_train(typed, recipe, world, folder):
-    """One run, or what is left of it; returns its log."""
+def find_run(typed, recipe, folder):
+    """(recipe, checkpoint or None) to go on with. Raises ValueError for a run that is not to be resumed."""
+    checkpoint = read_last(folder)
+    if checkpoint and not recipe.resume:
+        raise ValueError(f"{folder} holds a run already: --resume goes on with it, another --output starts")
+    return (saved_recipe(typed, checkpoint), checkpoint) if checkpoint else (recipe, None)
+
+
+def build_and_train(recipe, checkpoint, world, folder):
     with one_line_errors("train.py", Exception):
-        checkpoint = read_last(folder)
-        if checkpoint and not recipe.resume:
-            raise ValueError(f"{folder} holds a run already: --resume goes on with it, another --output "
-                             "starts a new one")
-        if checkpoint:
-            recipe = saved_recipe(typed, checkpoint)
         run = build(recipe, world, folder, checkpoint)
-        del checkpoint                                       # as large as three models
+    if checkpoint:
+        checkpoint.clear()                                   # it is as large as three models
     with one_line_errors("train.py", OSError, data.BadImage, FloatingPointError, torch.OutOfMemoryError):
         train(run)
     return run.state["log"]
@@ -722,21 +720,23 @@ def main():
             recipe = make_recipe(typed)
             name = f"{recipe.model}{'-distilled' * bool(recipe.distill)}-{Path(recipe.data).resolve().name}"
             world, folder = init_processes(), Path(recipe.output or f"runs/{name}")
-            local_batch_size(recipe, world)                  # raises, before the demo trains a teacher
             if world.rank == 0:
                 stack.enter_context(lock(folder))            # before anything in it is looked at
             if world.world_size > 1:
                 dist.barrier()
+            recipe, checkpoint = find_run(typed, recipe, folder)
+            local_batch_size(recipe, world)                  # raises, before the demo trains a teacher
         if world.rank == 0 and recipe.data == "demo" and "data" not in typed:
             print("NO --data AND NO ./imagenet HERE: training on the built-in demo, ten kinds of patterns.\n"
                   "For your own images: --data DIR, a folder with train/ and val/.", flush=True)
-        needs_teacher = recipe.distill and recipe.data == "demo" and recipe.teacher == "official"
-        if needs_teacher and not (folder / "last.pth").exists():
-            flags = DEMO_TEACHER | {name: getattr(recipe, name) for name in ("seed", "workers", "precision")}
-            flags["batch_size"] = math.ceil(flags["batch_size"] / world.world_size) * world.world_size
-            build_and_train(flags, make_recipe(flags), world, folder / "teacher")
+        if recipe.distill and recipe.data == "demo" and recipe.teacher == "official":
+            values = DEMO_TEACHER | {name: getattr(recipe, name) for name in ("seed", "workers", "precision")}
+            values["batch_size"] = max(2, math.ceil(16 / world.world_size)) * world.world_size
+            with one_line_errors("train.py", Exception):
+                teacher_run = find_run({}, make_recipe(values), folder / "teacher")
+            build_and_train(*teacher_run, world, folder / "teacher")
             recipe = replace(recipe, teacher=str(folder / "teacher" / "best.pth"))
-        log = build_and_train(typed, recipe, world, folder)
+        log = build_and_train(recipe, checkpoint, world, folder)
     if world.rank == 0:
         best = max(log, key=lambda record: record["top1"])
         print(f"done: top-1 {log[-1]['top1']:.2f}, top-5 {log[-1]['top5']:.2f} after {len(log)} epochs; "

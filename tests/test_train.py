@@ -381,6 +381,14 @@ def test_resume_starts_a_run_where_there_is_none_and_leaves_a_finished_one(share
     assert (tmp_path / "run" / "best.pth").read_bytes() == before and len(read_log(tmp_path / "run")) == 1
 
 
+def test_a_run_goes_on_with_its_own_recipe_where_nothing_else_is_typed(shared_folder, tmp_path, capsys):
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--epochs", 1)) == 0
+    capsys.readouterr()
+    assert run_main(train, "--resume", "--output", tmp_path / "run") == 0
+    printed = capsys.readouterr().out
+    assert "demo" not in printed and printed.endswith(f"--data {shared_folder}\n")
+
+
 def test_the_whole_way_by_the_command_line_on_two_processes(shared_folder, tmp_path, capsys):
     small = ("--data", shared_folder, "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--warmup-epochs", 0)
     run_script("train.py", "--model", "regnet_x_400mf", *small, "--epochs", 1, "--output", tmp_path / "teacher",
@@ -393,6 +401,7 @@ def test_the_whole_way_by_the_command_line_on_two_processes(shared_folder, tmp_p
         assert line in done.stdout, done.stdout
     log = read_log(tmp_path / "student")
     assert [record["epoch"] for record in log] == [0, 1]
+    assert (done.stdout + done.stderr).count("epoch   1  loss") == 1         # by one process
     assert {"top1", "top5", "loss", "class_top1", "distillation_top1", "train_class_loss"} <= log[0].keys()
     assert any(path.name.startswith("events.out.tfevents") for path in (tmp_path / "student").iterdir())
     for run in ("teacher", "student"):                                   # in one process here, and with three there
