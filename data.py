@@ -215,18 +215,18 @@ def erase(images, boxes):
     return images
 
 
-def mix(images, labels, num_classes, *, first=0, repeats=3, lambdas=4, mixup=0.8, cutmix=1.0):
+def mix(images, labels, num_classes, *, first=0, repeats=3, num_mixes=4, mixup=0.8, cutmix=1.0):
     """Mixup or CutMix, half of the time each: images (B, 3, S, S) and labels (B,) to mixed images and targets
     (B, K), which sum to 1 and are not smoothed. `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0
-    leaves one out. `lambdas` mixes (mode, lambda, box) are drawn from torch's global generator and dealt to
+    leaves one out. `num_mixes` mixes (mode, lambda, box) are drawn from torch's global generator and dealt to
     the views in turn, as the official sampler deals views to processes, which draw one each. `first` is the
-    batch's position in the epoch. So with `lambdas` >= `repeats` each view of an image has its own mix, and
+    batch's position in the epoch. So with `num_mixes` >= `repeats` each view of an image has its own mix, and
     its own partner (see `partners`). Batches of fewer than 2 `repeats` views are left unmixed."""
     targets = F.one_hot(labels, num_classes).float()
     if not (mixup or cutmix) or len(images) < 2 * repeats:
         return images, targets
-    own_pixels, own_share = draw_mixes(lambdas, images, mixup, cutmix)
-    group = torch.arange(first, first + len(images), device=images.device) % lambdas
+    own_pixels, own_share = draw_mixes(num_mixes, images, mixup, cutmix)
+    group = torch.arange(first, first + len(images), device=images.device) % num_mixes
     partner = partners(len(images), first, repeats, images.device)
     return (torch.lerp(images[partner], images, own_pixels[group]),     # (B, 3, S, S)
             torch.lerp(targets[partner], targets, own_share[group]))    # (B, K)
@@ -477,7 +477,7 @@ def contact_sheet(images, image_size, *, rows=8, seed=0):
     pixels, labels, _, boxes = TrainBatches(images, image_size, seed=seed)[0, 0, np.repeat(shown, 3).tolist()]
     views = erase(normalize(pixels), boxes)
     torch.manual_seed(seed)
-    mixed = [mix(views, labels, len(images.classes), lambdas=len(views), **only)[0][::3]
+    mixed = [mix(views, labels, len(images.classes), num_mixes=len(views), **only)[0][::3]
              for only in ({"cutmix": 0}, {"mixup": 0})]
     columns = [normalize(evaluation), views[::3], views[1::3], views[2::3], *mixed]
     titles = ["evaluation", "view 1", "view 2", "view 3", "mixup", "CutMix"]

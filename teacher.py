@@ -42,6 +42,18 @@ BLOCK_NAMES = {"conv1.conv": "f.a.0", "conv1.bn": "f.a.1", "conv2.conv": "f.b.0"
                "downsample.conv": "proj.0", "downsample.bn": "proj.1"}
 OTHER_NAMES = {"stem.conv.": "stem.0.", "stem.bn.": "stem.1.", "head.fc.": "fc."}
 
+# How one is trained: ours, not from the paper. In train.py's fields, with its rates for a batch of 512.
+CROPS_AND_FLIPS = {"repeats": 1, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "rand_augment": 0.0}
+CONVNET = CROPS_AND_FLIPS | {"optimizer": "sgd", "weight_decay": 5e-5, "batch_size": 256}
+PRESETS = {
+    "convnet": ({**CONVNET, "lr": 0.2, "epochs": 100},
+                "ours, not from the paper: a teacher from scratch, --model regnet_y_16gf"),
+    "convnet-transfer": ({**CONVNET, "lr": 0.02, "epochs": 30},
+                         "ours, not from the paper: a teacher that starts from --init official"),
+}
+DEMO = {"data": "demo", "model": "regnet_y_400mf", "epochs": 4, "batch_size": 16, "resume": True,
+        "lr": 1e-3 * 512 / 16, "warmup_epochs": 0.3, "label_smoothing": 0.0} | CROPS_AND_FLIPS
+
 
 def freeze(model):
     """The model in its fastest exact form: evaluation mode, no gradients, channels-last, and each batch norm,
@@ -76,7 +88,7 @@ def load_teacher(source="official", num_classes=1000, classes=None):
 def check_top1(decisions, labels, num_classes, source, any_teacher=False):
     """The teacher's top-1 in %, of all processes. Raises ValueError, unless `any_teacher`, if it is less than
     three standard deviations above chance."""
-    counts = torch.stack(((decisions == labels).sum(), (labels >= 0).sum()))
+    counts = torch.stack(((decisions == labels).sum(), torch.tensor(len(labels), device=labels.device)))
     if dist.is_initialized():
         dist.all_reduce(counts)
     correct, images = counts.tolist()

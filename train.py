@@ -11,7 +11,7 @@ Section 6 and table 9 of "Training data-efficient image transformers & distillat
 
 With --resume the same command goes on with the run in --output, if there is one. A run is one folder:
 last.pth (to resume), best.pth (to use), log.jsonl (an object per epoch), TensorBoard events. The batch size
-is that of all processes together: any number of them sees the same images at the same rate.
+is that of all processes together.
 """
 import argparse
 import contextlib
@@ -45,6 +45,7 @@ from evaluate import (BATCH_SIZE, OneLineParser, World, bounded, decide, evaluat
                       local_rank_zero_first, one_line_errors)
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+LOOK, SAVE, STOP = 1, 2, 3                                   # what is due after a step, with those before it
 
 
 # ---- The recipe. Defaults are the paper's (table 9); the command line is made from this class. ----
@@ -92,15 +93,16 @@ class Recipe:
     output: str = flag(None, "the run's folder; default runs/<model>[-distilled]-<data>")
     resume: bool = flag(False, "go on with the run in --output, if there is one")
 
+    peak = property(lambda recipe: recipe.lr * recipe.batch_size / 512)          # the linear scaling rule
+
 
 def learning_rate(recipe, epoch):
     """The rate at a fractional epoch: linear warm-up, then a cosine counted from epoch 0 (not from the end of
     the warm-up), as in timm. The official code uses each value one epoch late, and for a whole epoch."""
-    peak = recipe.lr * recipe.batch_size / 512
-    start, end = min(recipe.warmup_lr, peak), min(recipe.min_lr, peak)
+    start, end = min(recipe.warmup_lr, recipe.peak), min(recipe.min_lr, recipe.peak)
     if epoch < recipe.warmup_epochs:
-        return start + (peak - start) * epoch / recipe.warmup_epochs
-    return end + (peak - end) * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
+        return start + (recipe.peak - start) * epoch / recipe.warmup_epochs
+    return end + (recipe.peak - end) * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
 
 
 def parameter_groups(model, weight_decay):
@@ -152,7 +154,7 @@ def train_epoch(run, epoch, batches, meter):
     recipe, world, sampler, optimizer, scaler = run.recipe, run.world, run.sampler, run.optimizer, run.scaler
     dtype = AUTOCAST[recipe.precision]
     # as many as the official runs had processes, which drew one each; and one for each view of an image
-    lambdas = max(recipe.repeats, round(recipe.batch_size / recipe.mix_group))
+    num_mixes = max(recipe.repeats, round(recipe.batch_size / recipe.mix_group))
     run.ddp_model.train()
     torch.backends.cudnn.benchmark = True                    # all batches have one shape
     for step in range(run.state["step"] - epoch * sampler.steps, sampler.steps):
@@ -163,8 +165,8 @@ def train_epoch(run, epoch, batches, meter):
             pixels, labels, first, boxes = meter.next_batch(batches)
             images = data.erase(data.normalize(pixels), boxes)
             torch.manual_seed(data.seed_from(recipe.seed, epoch, step))                      # all ranks alike
-            images, targets = data.mix(images, labels, len(run.classes), first=first, lambdas=lambdas,
-                                       repeats=recipe.repeats, mixup=recipe.mixup, cutmix=recipe.cutmix)
+            images, targets = data.mix(images, labels, len(run.classes), first=first, repeats=recipe.repeats,
+                                       num_mixes=num_mixes, mixup=recipe.mixup, cutmix=recipe.cutmix)
             torch.manual_seed(data.seed_from(recipe.seed, epoch, step, micro_step, world.rank))    # drop-path
             is_joint = micro_step == recipe.accum_steps - 1  # the processes average their gradients then
             with contextlib.nullcontext() if is_joint or world.world_size == 1 else run.ddp_model.no_sync():
@@ -200,7 +202,8 @@ def update_average(ema_model, model, decay):
 def validate(run):
     """The log's scores: top1, top5, loss and agreement of each head; with ema_ before of averaged weights."""
     record, names = {}, ("top1", "top5", "loss") + (("agreement",) if run.teacher else ())
-    for prefix, model in (("", run.model), ("ema_", run.ema_model))[: 2 if run.ema_model else 1]:
+    models = {"": run.model, "ema_": run.ema_model} if run.ema_model else {"": run.model}
+    for prefix, model in models.items():
         for buffer in model.buffers() if run.world.world_size > 1 else ():
             dist.broadcast(buffer, 0)                        # batch statistics are the first rank's
         scores = evaluate(model, run.val_loader, run.world.device, teacher_decisions=run.teacher_decisions)
@@ -248,7 +251,6 @@ def stop(run, meter):
 
 LOOK_SECONDS = 3                                             # between two looks at the device
 SAVE_SECONDS, SAVE_SHARE = 600, 0.01                         # between checkpoints; their share of the time
-NOTHING, LOOK, SAVE, STOP = range(4)                         # what is due after a step, with all before it
 
 
 class Meter:
@@ -261,7 +263,6 @@ class Meter:
         before = torch.tensor(state["epoch_sums"] or [[0.0] * len(self.terms)], dtype=torch.float64)
         own = before[world.rank] if len(before) == world.world_size else before.mean(dim=0)
         self.sums, self.norm = own.to(world.device), torch.zeros((), device=world.device)
-        self.step_done = torch.cuda.Event() if world.device.type == "cuda" else None
         self.saved, self.save_seconds, self.signal, self.is_first_batch = time.monotonic(), 0.0, 0, True
         self.writer = SummaryWriter(run.folder, purge_step=state["step"] + 1) if world.rank == 0 else None
         self.bar = tqdm(initial=state["step"], total=run.recipe.epochs * run.sampler.steps, unit="step",
@@ -279,7 +280,8 @@ class Meter:
 
     def next_batch(self, batches):
         """The next batch, on the device. Waiting for it counts if the device has nothing else to do."""
-        is_idle, asked = self.step_done is None or self.step_done.query(), time.monotonic()
+        is_cuda, asked = self.run.world.device.type == "cuda", time.monotonic()
+        is_idle = not is_cuda or torch.cuda.current_stream().query()
         pixels, labels, *rest = next(batches)
         self.waited += is_idle * (time.monotonic() - asked)
         return *(tensor.to(self.run.world.device, non_blocking=True) for tensor in (pixels, labels)), *rest
@@ -290,8 +292,6 @@ class Meter:
             sheet = torchvision.utils.make_grid(data.denormalize(images[:64]).cpu(), nrow=8)
             self.writer.add_image("first batch", sheet, self.run.state["step"])
         self.is_first_batch = False
-        if self.step_done:
-            self.step_done.record()
 
     def is_save_due(self, seconds):
         return time.monotonic() - self.saved > max(seconds, self.save_seconds / SAVE_SHARE)
@@ -302,7 +302,7 @@ class Meter:
         self.steps += 1
         is_look = is_last or time.monotonic() - self.looked > LOOK_SECONDS
         is_save = self.run.world.rank == 0 and self.is_save_due(SAVE_SECONDS)
-        due = torch.tensor(max(LOOK * is_look, SAVE * is_save, STOP * (self.signal > 0)))
+        due = torch.tensor(max(LOOK * is_look, SAVE * is_save, STOP * (self.signal > 0)))    # or 0: nothing
         if self.run.world.world_size > 1:
             dist.all_reduce(due, dist.ReduceOp.MAX)
         return int(due)
@@ -333,9 +333,8 @@ class Meter:
             "lr": lr, "gradient_norm": norm, "data_wait_share": self.waited / seconds,
             "images_per_second": run.recipe.batch_size * self.steps / seconds}
         self.write("train", run.state["step"], values)
-        self.bar.set_description_str(f"epoch {epoch}", refresh=False)
-        self.bar.set_postfix_str("loss {loss:.3f}, lr {lr:.2e}, {images_per_second:.0f} images/s, waiting "
-                                 "for data {data_wait_share:.0%}".format(**values), refresh=False)
+        self.bar.set_postfix_str("epoch {}, loss {loss:.3f}, lr {lr:.2e}, {images_per_second:.0f} images/s, "
+                                 "{data_wait_share:.0%} waiting for data".format(epoch, **values), False)
         self.bar.update(self.steps)
         self.norm.zero_()
         self.restart(sums)
@@ -344,11 +343,10 @@ class Meter:
         """Shows a record of the log, and starts the next epoch's sums."""
         scores = {name: value for name, value in record.items() if name not in ("epoch", "step", "lr")}
         self.write("epoch", record["step"], scores)
-        more = ", ".join(f"{name} {value:.2f}" for name, value in scores.items()
-                         if name.endswith(("_top1", "agreement")))
-        line = "epoch {epoch:>3}  loss {train_loss:.4f}  top-1 {top1:.2f}  top-5 {top5:.2f}".format(**record)
+        shown = (f"{name} {value:.2f}" for name, value in scores.items()
+                 if name.endswith(("train_loss", "top1", "top5", "agreement")))
         if self.writer:                                      # a disabled bar would write all the same
-            self.bar.write(f"{line}  {more}".rstrip())
+            self.bar.write(f"epoch {record['epoch']:>3}: {', '.join(shown)}")
         self.restart(torch.zeros_like(self.shown))
         self.sums.zero_()
 
@@ -413,46 +411,42 @@ def save_epoch(run, meter):
         save(run, meter)
 
 
-@contextlib.contextmanager
 def lock(folder):
-    """Makes the folder and keeps it for this process. Raises ValueError if another one trains in it."""
+    """Makes the folder and locks it until the file returned is closed. Raises ValueError if another process
+    has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    file = open(folder / ".lock", "w")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process trains in {folder}: stop it, or choose another --output") from None
     except OSError:                                          # a file system without locks
         pass
-    try:
-        yield
-    finally:
-        os.close(handle)
+    return file
 
 
-def read_last(folder):
-    """The folder's last.pth, or None if there is none. Raises ValueError for a file of another kind."""
-    if not (folder / "last.pth").exists():
-        return None
-    checkpoint = deit.read_checkpoint(folder / "last.pth")
-    with deit.naming(f"{folder / 'last.pth'} is not a training checkpoint of this program"):
+def find_run(typed, recipe, folder):
+    """(recipe, checkpoint) of the folder's run to go on with; (recipe, None) if it holds none. Raises
+    ValueError for a run that is not to be resumed, by these flags, or by this program."""
+    path = folder / "last.pth"
+    free = ("resume", "output", "data", "teacher", "any_teacher", "workers", "accum_steps", "compile")
+    if not path.exists():
+        return recipe, None
+    if not recipe.resume:
+        raise ValueError(f"{folder} holds a run already: --resume goes on with it, another --output starts")
+    checkpoint = deit.read_checkpoint(path)
+    with deit.naming(f"{path} is not a training checkpoint of this program"):
         missing = {"model", "optimizer", "scaler", "classes", "processes"} - checkpoint.keys()
         missing |= {"step", "log", "epoch_sums", "data"} - checkpoint["state"].keys()
         missing |= {item.name for item in fields(Recipe)} - checkpoint["recipe"].keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    return checkpoint
-
-
-def saved_recipe(typed, checkpoint):
-    """The recipe of the run to go on with. Raises ValueError if a typed flag would change what it does."""
-    free = ("resume", "output", "data", "teacher", "any_teacher", "workers", "accum_steps", "compile")
     saved = checkpoint["recipe"]
     for name, value in typed.items():
         if name not in free and value not in (saved[name], "auto"):          # auto: as it was chosen then
             raise ValueError(f"{option(name)} {value}, but the run to resume has {saved[name]}: leave it "
                              "out, or start a new run with another --output")
-    return Recipe(**saved | {name: typed[name] for name in free if name in typed})
+    return Recipe(**saved | {name: typed[name] for name in free if name in typed}), checkpoint
 
 
 def restore(run, checkpoint):
@@ -476,37 +470,26 @@ def restore(run, checkpoint):
 
 # ---- Presets and flags ----------------------------------------------------------------------------
 
-CROPS_AND_FLIPS = {"repeats": 1, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "rand_augment": 0.0}
-CONVNET = CROPS_AND_FLIPS | {"optimizer": "sgd", "weight_decay": 5e-5, "batch_size": 256}
-
 # Other purposes than ImageNet from scratch: values, and who says so. Rates are for a batch of 512 here: the
 # sources' where they say "before scaling", else converted.
 PRESETS = {
-    "finetune-384": (
-        {"image_size": 384, "epochs": 30, "batch_size": 512, "lr": 5e-6, "min_lr": 5e-6, "weight_decay": 1e-8,
-         "drop_path": 0.0, "ema": 0.99996, "mix_group": 32},
-        "official command for base, 82.89 %, where no path is dropped; with --distill it is our choice"),
-    "mmpretrain-small": (
-        {"warmup_epochs": 20.0, "clip_grad": 5.0, "repeats": 1, "drop_path": 0.0},
-        "mmpretrain's tiny 74.50 %, small 80.69 % (there: cosine after warm-up, boxes erased in one colour)"),
-    "cifar-cars": (
-        {"optimizer": "sgd", "lr": 0.01 * 512 / 768, "weight_decay": 1e-4, "batch_size": 768, "epochs": 1000,
-         "erasing": 0.0, "drop_path": 0.0},
-        "facebookresearch/deit, issues 45 and 175 (0.01 taken as the rate at 768): CIFAR and Cars"),
+    "finetune-384": ({"image_size": 384, "epochs": 30, "batch_size": 512, "lr": 5e-6, "min_lr": 5e-6,
+                      "weight_decay": 1e-8, "drop_path": 0.0, "ema": 0.99996, "mix_group": 32},
+                     "official command for base, 82.89 %; no path is dropped there; with --distill ours"),
+    "mmpretrain-small": ({"warmup_epochs": 20.0, "clip_grad": 5.0, "repeats": 1, "drop_path": 0.0},
+                         "mmpretrain's tiny 74.50 %, small 80.69 % (there: cosine after the warm-up, boxes "
+                         "erased in one colour)"),
+    "cifar-cars": ({"optimizer": "sgd", "lr": 0.01 * 512 / 768, "weight_decay": 1e-4, "batch_size": 768,
+                    "epochs": 1000, "erasing": 0.0, "drop_path": 0.0},
+                   "facebookresearch/deit, issues 45 and 175 (0.01 taken as the rate at 768): CIFAR, Cars"),
     "inaturalist": ({"lr": 7.5e-5 * 512 / 768, "batch_size": 768, "epochs": 360, "erasing": 0.1},
                     "facebookresearch/deit, issues 105 and 141, for base"),
     "transfer": ({"lr": 5e-5, "min_lr": 1e-6, "batch_size": 256, "epochs": 100, "erasing": 0.0},
                  "ours, not from the paper: Flowers, Pets or a few thousand images of your own, with --init"),
-    "convnet": ({**CONVNET, "lr": 0.2, "epochs": 100},
-                "ours, not from the paper: a teacher from scratch, --model regnet_y_16gf"),
-    "convnet-transfer": ({**CONVNET, "lr": 0.02, "epochs": 30},
-                         "ours, not from the paper: a teacher that starts from --init official"),
-}
+} | teacher.PRESETS
 
-# What the built-in demo changes, to take minutes; its teacher is a small convnet.
+# What the built-in demo changes, to take minutes.
 DEMO = {"image_size": 48, "epochs": 10, "batch_size": 32, "lr": 1e-3 * 512 / 32, "warmup_epochs": 0.5}
-DEMO_TEACHER = {"data": "demo", "model": "regnet_y_400mf", "epochs": 4, "batch_size": 16, "resume": True,
-                "lr": 1e-3 * 512 / 16, "warmup_epochs": 0.3, "label_smoothing": 0.0} | CROPS_AND_FLIPS
 
 
 def option(name):
@@ -554,13 +537,12 @@ def make_recipe(typed):
                          "as regnet_y_16gf to make a teacher")
     if recipe.distill and not is_deit:
         raise ValueError(f"--distill trains a DeiT, not {recipe.model}: leave it out to make a teacher")
-    for name, needed, is_there in (
-            ("teacher", "--distill", recipe.distill), ("any_teacher", "--distill", recipe.distill),
-            ("alpha", "--distill", recipe.distill), ("drop_path", "a DeiT", is_deit),
-            ("temperature", "--distill soft", recipe.distill == "soft")):
-        if name in typed and not is_there and not recipe.resume:
-            raise ValueError(f"{option(name)} {typed[name]} would do nothing without {needed}: add that, or "
-                             "leave it out")
+    used = {"teacher": recipe.distill, "any_teacher": recipe.distill, "alpha": recipe.distill,
+            "temperature": recipe.distill == "soft", "drop_path": is_deit}
+    for name in used.keys() & typed.keys():
+        if not used[name] and not recipe.resume:
+            raise ValueError(f"{option(name)} {typed[name]} would do nothing: --drop-path is for a DeiT, "
+                             "--temperature for --distill soft, the others for --distill")
     if is_deit and recipe.image_size % deit.PATCH_SIZE:
         deit.create_model(recipe.model, image_size=recipe.image_size)    # raises, with the size to use
     if 0 < recipe.mixup < 0.01 or 0 < recipe.cutmix < 0.01:
@@ -574,40 +556,36 @@ def make_recipe(typed):
 # ---- Setting up -----------------------------------------------------------------------------------
 
 
-def choose_precision(precision, device):
-    """Turns auto into what the device has. Raises ValueError for what it has not."""
-    if precision == "fp16" and device.type == "cpu":
+def settle(recipe, world):
+    """The recipe with a precision that the device has. Raises ValueError for another one, and for a batch
+    that does not divide among processes and parts."""
+    has_bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if recipe.precision == "auto":
+        recipe = replace(recipe, precision="bf16" if has_bf16 else "fp32")
+    if recipe.precision == "fp16" and world.device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU: use fp32 or bf16 here")
-    if precision != "auto":
-        return precision
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_bf16 else "fp32"
-
-
-def local_batch_size(recipe, world):
-    """Views that a process computes at a time. Raises ValueError if the batch does not divide."""
     parts = world.world_size * recipe.accum_steps
     least = parts * (2 if recipe.model in teacher.REGNETS else 1)            # batch norm needs two
     if recipe.batch_size % parts or recipe.batch_size < least:
         near = max(least, round(recipe.batch_size / parts) * parts)
-        raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of {world.world_size} process(es) "
-                         f"x {recipe.accum_steps} part(s), or leaves a RegNet one image: try {near}")
-    return recipe.batch_size // parts
+        raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of {parts}, processes times "
+                         f"--accum-steps, or leaves a RegNet one image: try {near}")
+    return recipe
 
 
 def build_model(recipe, classes):
     """The model with fresh weights, or those of --init. Raises ValueError where these are of another kind."""
     torch.manual_seed(recipe.seed)
-    if recipe.model in deit.SIZES:
-        shape = {"distilled": bool(recipe.distill), "image_size": recipe.image_size,
-                 "num_classes": len(classes), "drop_path": recipe.drop_path}
-        if not recipe.init:
-            return deit.create_model(recipe.model, **shape)
+    shape = {"distilled": bool(recipe.distill), "image_size": recipe.image_size, "num_classes": len(classes),
+             "drop_path": recipe.drop_path}
+    if recipe.model in deit.SIZES and recipe.init:
         model = deit.load_model(recipe.init, classes=classes, **shape)
-    else:
-        if not recipe.init:
-            return teacher.create_regnet(recipe.model, len(classes))
+    elif recipe.model in deit.SIZES:
+        model = deit.create_model(recipe.model, **shape)
+    elif recipe.init:
         model = teacher.load_regnet(recipe.init, classes=classes)
+    else:
+        model = teacher.create_regnet(recipe.model, len(classes))
     if model.size != recipe.model:
         raise ValueError(f"--init {recipe.init} is a {model.size} model: --model {model.size}")
     return model
@@ -617,8 +595,8 @@ def build(recipe, world, folder, checkpoint=None):
     """A Run ready to train, from a checkpoint of the same run if there is one; says what it will be. Raises
     ValueError or OSError for whatever would stop it later."""
     device, teacher_model, decisions, top1 = world.device, None, None, None
-    recipe = replace(recipe, precision=choose_precision(recipe.precision, device))
-    batch_size, workers = local_batch_size(recipe, world), recipe.workers
+    recipe = settle(recipe, world)
+    batch_size, workers = recipe.batch_size // (world.world_size * recipe.accum_steps), recipe.workers
     if workers is None:
         workers = max(1, data.usable_cpus() // world.local_world_size)
     with local_rank_zero_first(world):                       # it may download data, --init or the teacher
@@ -647,8 +625,7 @@ def build(recipe, world, folder, checkpoint=None):
         module and module.compile()
     ddp_model = model
     if world.world_size > 1:
-        devices = [device] if device.type == "cuda" else None
-        ddp_model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     groups, is_fp16 = parameter_groups(model, recipe.weight_decay), recipe.precision == "fp16"
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     if recipe.optimizer == "sgd":                            # a first step that overflows: no fused momentum
@@ -664,11 +641,11 @@ def build(recipe, world, folder, checkpoint=None):
 
 def summary(run, teacher_top1, changes):
     """What is about to happen, in a few lines to check before leaving it alone."""
-    recipe, sampler, images, paper = run.recipe, run.sampler, run.loader.dataset.images, Recipe()
-    changed = {name: value for name, value in asdict(recipe).items() if value != getattr(paper, name) and (
-        name == "optimizer" or type(getattr(paper, name)) in (int, float) and name != "seed")}
+    recipe, sampler, images, paper = run.recipe, run.sampler, run.loader.dataset.images, asdict(Recipe())
+    changed = {name: value for name, value in asdict(recipe).items() if value != paper[name] and (
+        name == "optimizer" or type(paper[name]) in (int, float) and name != "seed")}
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "CPU"
-    parameters, workers = sum(p.numel() for p in run.model.parameters()), run.loader.num_workers
+    is_slow = device != "CPU" and recipe.precision == "fp32"
     lines = {
         "run": f"{run.folder}, from step {run.state['step']:,} on",
         "resumed": changes and f"not bit for bit what it would have become, with {', '.join(changes)}",
@@ -676,16 +653,16 @@ def summary(run, teacher_top1, changes):
                 f"images, {len(run.classes):,} classes{data.describe_ignored(images)}",
         "recipe": recipe.recipe and f"{recipe.recipe}: {PRESETS[recipe.recipe][1]}",
         "changed": changed and f"in place of the paper's values: {listing(changed)}",
-        "epoch": f"{sampler.steps:,} steps of {recipe.batch_size:,} = {run.world.world_size} process(es) x "
-                 f"{recipe.accum_steps} part(s) x {sampler.batch_size}; {recipe.repeats} view(s) of each of "
-                 f"{sampler.distinct_images:,} images",
-        "rate": f"{recipe.lr * recipe.batch_size / 512:.4g} at the peak (--lr {recipe.lr:.4g} x "
-                f"{recipe.batch_size} / 512), {recipe.epochs} epochs, {recipe.warmup_epochs:g} of warm-up",
-        "model": f"{recipe.model}{' distilled' if recipe.distill else ''}, {recipe.image_size} pixels, "
-                 f"{parameters:,} parameters",
+        "epochs": f"{recipe.epochs} of {sampler.steps:,} steps; {recipe.repeats} view(s) of each of "
+                  f"{sampler.distinct_images:,} images in each",
+        "step": f"{recipe.batch_size:,} views = {run.world.world_size} process(es) x {recipe.accum_steps} "
+                f"part(s) x {sampler.batch_size}; learning rate {recipe.peak:.4g} at the peak",
+        "model": f"{recipe.model}{' distilled' * bool(recipe.distill)}, {recipe.image_size} pixels, "
+                 f"{sum(p.numel() for p in run.model.parameters()):,} parameters",
         "teacher": run.teacher and f"{recipe.teacher}: {teacher_top1:.2f} % top-1 on the validation images; "
                                    f"{recipe.distill} distillation, alpha {recipe.alpha:g}",
-        "device": f"{device}, {recipe.precision}, {workers} worker(s), torch {torch.__version__}",
+        "device": f"{device}, {recipe.precision}{' (fp16 is several times faster)' * is_slow}, "
+                  f"{run.loader.num_workers} worker(s), torch {torch.__version__}",
     }
     if sampler.batch_size < 2 * recipe.repeats and (recipe.mixup or recipe.cutmix):
         lines["note"] = f"{sampler.batch_size} views at a time are not mixed, {2 * recipe.repeats} would be"
@@ -693,14 +670,6 @@ def summary(run, teacher_top1, changes):
 
 
 # ---- Command line ---------------------------------------------------------------------------------
-
-
-def find_run(typed, recipe, folder):
-    """(recipe, checkpoint or None) to go on with. Raises ValueError for a run that is not to be resumed."""
-    checkpoint = read_last(folder)
-    if checkpoint and not recipe.resume:
-        raise ValueError(f"{folder} holds a run already: --resume goes on with it, another --output starts")
-    return (saved_recipe(typed, checkpoint), checkpoint) if checkpoint else (recipe, None)
 
 
 def build_and_train(recipe, checkpoint, world, folder):
@@ -725,12 +694,12 @@ def main():
             if world.world_size > 1:
                 dist.barrier()
             recipe, checkpoint = find_run(typed, recipe, folder)
-            local_batch_size(recipe, world)                  # raises, before the demo trains a teacher
+            settle(recipe, world)                            # raises, before the demo trains a teacher
         if world.rank == 0 and recipe.data == "demo" and "data" not in typed:
             print("NO --data AND NO ./imagenet HERE: training on the built-in demo, ten kinds of patterns.\n"
                   "For your own images: --data DIR, a folder with train/ and val/.", flush=True)
         if recipe.distill and recipe.data == "demo" and recipe.teacher == "official":
-            values = DEMO_TEACHER | {name: getattr(recipe, name) for name in ("seed", "workers", "precision")}
+            values = teacher.DEMO | {name: getattr(recipe, name) for name in ("seed", "workers", "precision")}
             values["batch_size"] = max(2, math.ceil(16 / world.world_size)) * world.world_size
             with one_line_errors("train.py", Exception):
                 teacher_run = find_run({}, make_recipe(values), folder / "teacher")

@@ -479,7 +479,7 @@ def test_mixup_and_cutmix_come_equally_often():
     torch.manual_seed(0)
     kinds, (originals, labels) = collections.Counter(), batch_to_mix()
     for _ in range(100):
-        images, targets = data.mix(originals, labels, 8, lambdas=1, repeats=1)
+        images, targets = data.mix(originals, labels, 8, num_mixes=1, repeats=1)
         _, partner = shares_and_partners(targets)
         kinds["CutMix" if ((images == originals) | (images == originals[partner])).all() else "mixup"] += 1
     assert min(kinds["CutMix"], kinds["mixup"]) > 35
@@ -500,7 +500,7 @@ def test_mixup_is_the_weighted_sum_its_targets_say():
 def test_mixups_lambdas_follow_beta_of_alpha_and_alpha(alpha):
     torch.manual_seed(0)
     number = 3000
-    _, targets = data.mix(torch.zeros(number, 3, 1, 1), torch.arange(number), number, lambdas=number, mixup=alpha,
+    _, targets = data.mix(torch.zeros(number, 3, 1, 1), torch.arange(number), number, num_mixes=number, mixup=alpha,
                           cutmix=0)
     shares = targets.diagonal()
     assert shares.mean().item() == pytest.approx(1 / 2, abs=0.03)
