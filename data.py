@@ -27,6 +27,9 @@ from multiprocessing import active_children, forkserver, parent_process, set_for
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+if __name__ == "__main__":                                   # from here on Ctrl-C leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -405,7 +408,7 @@ def open_split(data, *, train):
     if data in NAMED:
         return NAMED[data](train)
     root, name = Path(data), "train" if train else "val"
-    if not root.is_dir():
+    if not data or not root.is_dir():
         raise FileNotFoundError(f"no dataset {str(data)!r}: give a folder with train/ and val/ in it, or "
                                 f"one of {', '.join(NAMED)}")
     if (root / name).is_dir():
@@ -528,23 +531,21 @@ def main():
     try:
         if not 0 < args.image_size <= 4096:
             raise ValueError(f"--image-size {args.image_size}: it must be from 1 to 4096")
-        if not args.output.endswith((".png", ".jpg", ".webp")):
-            raise ValueError(f"--output {args.output}: the name of a .png, .jpg or .webp is needed")
         train, val = open_dataset(args.data)
         if args.check:
             sys.exit(1 if check(train, "train") + check(val, "val") else 0)
         contact_sheet(train, args.image_size).save(args.output)
-    except (Exception, KeyboardInterrupt) as error:                 # a folder, an image, a flag: a user's
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else f"data.py: {error}")
+    except Exception as error:                                      # a folder, an image, a flag: a user's
+        sys.exit(f"data.py: {error}")
     print(f"{args.output}: some of {len(train)} training images, {len(train.classes)} classes")
 
 
-# ---- Processes and speed: nothing from here on changes a number -----------------------------------
+# ---- Processes and speed: how it runs, not what it computes ---------------------------------------
 
 
 def usable_cpus():
     """CPUs that this process may use: its affinity, and the quota of its container."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpus = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, min(cpus, int(quota) // int(period)))
@@ -553,13 +554,17 @@ def usable_cpus():
 
 
 def worker_options(workers, batch_bytes=0):
-    """DataLoader's options. Workers come from a fork server: forking a process with threads may deadlock.
-    Raises OSError if their batches do not fit into shared memory: torch would say so late and unclearly."""
+    """DataLoader's options; None: as many workers as suit. They come from a fork server: forking a process
+    with threads may deadlock. Raises OSError if their batches do not fit into shared memory."""
     keep_freed_memory()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if workers is None:
+        cores = usable_cpus() // processes
+        workers = max(1, cores if cores < 3 else cores - 1)         # one is the process's, if it is not half
     if not workers:
         return {"pin_memory": torch.cuda.is_available()}
-    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
-    needed = 3 * batch_bytes * workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # two wait, one is made
+    free = shutil.disk_usage("/dev/shm").free
+    needed = 3 * batch_bytes * workers * processes                  # two wait, one is made
     if needed > free:
         raise OSError(f"the loader's workers need {needed / 2**20:,.0f} MiB of shared memory, /dev/shm has "
                       f"{free / 2**20:,.0f}: --ipc=host or a larger --shm-size in Docker, or fewer --workers")

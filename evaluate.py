@@ -14,11 +14,15 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections import namedtuple
 from datetime import timedelta
 from typing import NamedTuple
+
+if __name__ == "__main__":                                   # from here on Ctrl-C leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import torch
 import torch.distributed as dist
@@ -35,12 +39,12 @@ TIMEOUT = timedelta(minutes=30)                              # how long a proces
 
 
 class Score(NamedTuple):
-    """Sums over images; `agreed` counts the decisions that are also the teacher's."""
-    images: int
-    correct1: int
-    correct5: int
+    """Sums over images, whole numbers but for the loss; `agreed`: decisions that are also the teacher's."""
+    images: float
+    correct1: float
+    correct5: float
     loss_sum: float
-    agreed: int
+    agreed: float
 
     # In %; the paper's table 4 has 100 - agreement. The loss is a mean over images (officially over batches).
     top1 = property(lambda self: 100 * self.correct1 / self.images)
@@ -257,8 +261,6 @@ def one_line_errors(program, *kinds):
     traceback. The first process of each machine prints it, and torchrun's summary shows the first of all."""
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(130)
     except kinds as error:
         lines = str(error).strip().splitlines() or [""]      # a loader's worker puts its traceback before
         message = re.sub(r"^(data\.)?\w+(Error|Image): ", "", lines[-1])
@@ -305,8 +307,10 @@ def parse_flags():
     add("--image-size", type=bounded(int, 1, 4096), help="evaluate at another size than the file's (pixels)")
     add("--crop-ratio", type=bounded(float, 0.1, 1), default=0.875, help="share that is kept (default 0.875)")
     add("--ema", action="store_true", help="the averaged weights of a training checkpoint")
-    add("--workers", type=bounded(int, 0, 256), help="loader processes (default: usable CPUs / processes)")
+    add("--workers", type=bounded(int, 0, 256), help="loader processes (default: this process's CPUs)")
     args = parser.parse_args()
+    if "" in vars(args).values():
+        parser.error("the value of a flag is empty (an unset variable?): give it, or leave the flag out")
     if bool(args.data) == bool(args.image):
         parser.error("give --data DIR to evaluate on, or --image FILE ... to look at: one of them")
     if args.attention and not args.image or args.teacher and not args.data:
@@ -340,8 +344,6 @@ def main():
                 if args.weights == name or os.path.basename(args.weights) == published.file:
                     say(f"published: Acc@1 {published.top1:.3f} Acc@5 {published.top5:.3f} (all 50,000 "
                         f"images, {published.image_size} pixels, crop ratio 0.875)")
-            if args.workers is None:
-                args.workers = max(1, data.usable_cpus() // world.local_world_size)
             loader = data.eval_loader(images, size, crop_ratio=args.crop_ratio, batch_size=args.batch_size,
                                       workers=args.workers, rank=world.rank, world_size=world.world_size)
     with one_line_errors("evaluate.py", OSError, data.BadImage, torch.OutOfMemoryError):

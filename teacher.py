@@ -15,7 +15,11 @@ import argparse
 import itertools
 import os
 import re
+import signal
 import sys
+
+if __name__ == "__main__":                                   # from here on Ctrl-C leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import torch
 import torch.distributed as dist

@@ -28,6 +28,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":                                   # from here on Ctrl-C leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -88,7 +91,7 @@ class Recipe:
     ema: float = flag(0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none", 0, 0.9999999)
     precision: str = flag("auto", "auto is bf16 on GPUs that have it, else fp32", ("auto", *AUTOCAST))
     compile: bool = flag(False, "torch.compile the model and the teacher")
-    workers: int = flag(None, "loader processes per process; default usable CPUs / processes", 0, 256)
+    workers: int = flag(None, "loader processes per process; default by its share of the CPUs", 0, 256)
     seed: int = flag(0, "everything random follows from it", 0, 2**63 - 1)
     output: str = flag(None, "the run's folder; default runs/<model>[-distilled]-<data>")
     resume: bool = flag(False, "go on with the run in --output, if there is one")
@@ -302,7 +305,7 @@ class Meter:
         self.steps += 1
         is_look = is_last or time.monotonic() - self.looked > LOOK_SECONDS
         is_save = self.run.world.rank == 0 and self.is_save_due(SAVE_SECONDS)
-        due = torch.tensor(max(LOOK * is_look, SAVE * is_save, STOP * (self.signal > 0)))    # or 0: nothing
+        due = torch.tensor(max(LOOK * is_look, SAVE * is_save, STOP * (self.signal > 0)))    # or 0
         if self.run.world.world_size > 1:
             dist.all_reduce(due, dist.ReduceOp.MAX)
         return int(due)
@@ -596,9 +599,7 @@ def build(recipe, world, folder, checkpoint=None):
     ValueError or OSError for whatever would stop it later."""
     device, teacher_model, decisions, top1 = world.device, None, None, None
     recipe = settle(recipe, world)
-    batch_size, workers = recipe.batch_size // (world.world_size * recipe.accum_steps), recipe.workers
-    if workers is None:
-        workers = max(1, data.usable_cpus() // world.local_world_size)
+    batch_size = recipe.batch_size // (world.world_size * recipe.accum_steps)
     with local_rank_zero_first(world):                       # it may download data, --init or the teacher
         images, val_images = data.open_dataset(recipe.data)
         classes = images.classes
@@ -612,20 +613,19 @@ def build(recipe, world, folder, checkpoint=None):
     sampler = data.RepeatedAugSampler(
         len(images), world.rank, world.world_size, batch_size=batch_size, accum_steps=recipe.accum_steps,
         repeats=recipe.repeats, epochs=recipe.epochs, first_step=state["step"], seed=recipe.seed)
-    loader = data.train_loader(images, sampler, recipe.image_size, workers=workers,
+    loader = data.train_loader(images, sampler, recipe.image_size, workers=recipe.workers,
                                rand_augment=recipe.rand_augment, erasing=recipe.erasing)
-    val_loader = data.eval_loader(val_images, recipe.image_size, batch_size=BATCH_SIZE, workers=workers,
-                                  rank=world.rank, world_size=world.world_size)
+    val_loader = data.eval_loader(val_images, recipe.image_size, batch_size=BATCH_SIZE, rank=world.rank,
+                                  world_size=world.world_size, workers=(loader.num_workers + 1) // 2)
     if teacher_model:
         decisions, labels = decide(teacher_model, val_loader, device)
         top1 = teacher.check_top1(decisions, labels, len(classes), recipe.teacher, recipe.any_teacher)
         teacher_model.to(AUTOCAST[recipe.precision])         # once, and not in every step
     ema_model = copy.deepcopy(model).requires_grad_(False) if recipe.ema else None
-    for module in (model, teacher_model) if recipe.compile else ():
-        module and module.compile()
-    ddp_model = model
-    if world.world_size > 1:
-        ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    for module in filter(None, (model, teacher_model)) if recipe.compile else ():
+        module.compile()
+    is_alone = world.world_size == 1
+    ddp_model = model if is_alone else DistributedDataParallel(model, gradient_as_bucket_view=True)
     groups, is_fp16 = parameter_groups(model, recipe.weight_decay), recipe.precision == "fp16"
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     if recipe.optimizer == "sgd":                            # a first step that overflows: no fused momentum

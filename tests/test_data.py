@@ -333,6 +333,13 @@ def test_workers_keep_their_memory():
     assert faults[0] > 1000 and max(faults[-10:]) < 100
 
 
+@pytest.mark.parametrize("cores, processes, expected", [(1, 1, 1), (2, 1, 2), (8, 1, 7), (8, 4, 2), (2, 4, 1), (64, 4, 15)])
+def test_a_process_keeps_one_of_its_cores_unless_it_has_two_or_less(cores, processes, expected, monkeypatch):
+    monkeypatch.setattr(data, "usable_cpus", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert data.worker_options(None)["num_workers"] == expected
+
+
 def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(monkeypatch):
     needed = 2 * 3 * 8 * 3 * 48 * 48 * 4                                 # workers, batches of each, bytes, processes
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

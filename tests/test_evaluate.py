@@ -374,6 +374,12 @@ def test_an_impossible_environment_is_one_line(environment, weights, shared_fold
     assert status == 1 and all(name in line for name in environment)
 
 
+@pytest.mark.parametrize("flag", ["--weights", "--data", "--reference", "--teacher"])
+def test_a_flag_whose_value_is_empty_is_refused(flag, weights, shared_folder, capsys):
+    status, line = refused(capsys, "--weights", weights, "--data", shared_folder, flag, "")
+    assert status == 2 and "empty" in line
+
+
 def test_torchruns_error_file_gets_the_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     _, line = refused(capsys, "--weights", "absent.pth", "--data", "demo")

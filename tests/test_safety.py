@@ -5,9 +5,12 @@ import os
 import resource
 import signal
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +22,7 @@ import data
 import deit
 import teacher
 import train
-from conftest import run_main, run_script
+from conftest import ROOT, run_main, run_script
 from kill_and_resume import kill, signal_all, start, survive, wait_for_saves
 from test_train import small_run
 
@@ -59,6 +62,16 @@ def test_a_killed_run_leaves_no_process_behind(shared_folder, tmp_path):
         for _ in range(100):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
+
+
+@pytest.mark.parametrize("script", ["data.py", "evaluate.py", "teacher.py", "train.py"])
+def test_ctrl_c_while_torch_is_imported_leaves_without_a_word(script):
+    process = subprocess.Popen([sys.executable, ROOT / script, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=60)
+    assert process.returncode == 130 and printed == (b"", b"")
 
 
 def test_sigterm_to_all_processes_at_once_saves_and_leaves(shared_folder, tmp_path):
