@@ -28,7 +28,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 if __name__ == "__main__":                                   # from here on Ctrl-C leaves no traceback
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
@@ -180,11 +180,12 @@ class TrainBatches(Dataset):
         decoded = {index: self.images[index] for index in dict.fromkeys(indices)}
         labels, views, boxes = torch.tensor([decoded[index][1] for index in indices]), [], []
         with torch.random.fork_rng(devices=[]):                     # without workers this is the main process
-            for place, index in enumerate(indices, first):
-                torch.default_generator.manual_seed(seed_from(self.seed, epoch, index, place % self.repeats))
+            for position, index in enumerate(indices, first):
+                view = position % self.repeats
+                torch.default_generator.manual_seed(seed_from(self.seed, epoch, index, view))
                 views.append(self.transform(decoded[index][0]))
                 if torch.rand(()) < self.erasing and (box := erasing_box(self.image_size)):
-                    boxes.append((place - first, *box, torch.randint(2**62, ()).item()))
+                    boxes.append((position - first, *box, torch.randint(2**62, ()).item()))
         boxes = torch.tensor(boxes, dtype=torch.int64).reshape(-1, 6)
         return default_collate(views), labels, first, boxes         # a worker's: in shared memory
 
@@ -250,14 +251,14 @@ def draw_mixes(number, images, mixup, cutmix):
 
 
 def partners(number, first, repeats, device=None):
-    """The index (B,) of each view's partner: `repeats` places before it or more, which is another image, and
-    further for each view of an image: three views meet three images (with 16 views or more in the batch).
-    If B is a multiple of 16, they are within 16 consecutive views: it may be divided among processes."""
+    """The index (B,) of each view's partner, another image for each view: of 16 views the three of an image
+    look 3, 8 and 13 back, and round to the end: at least `repeats`, at most 16 - `repeats`, never at an own
+    view. If B is a multiple of 16, they stay within 16 consecutive views: processes may divide it."""
     block = 16 if number % 16 == 0 else number
-    place = torch.arange(number, device=device)
-    view = (first + place) % repeats
+    position = torch.arange(number, device=device)
+    view = (first + position) % repeats
     back = repeats + view * (repeats + 2) % (block - 2 * repeats + 1)
-    return place // block * block + (place % block - back) % block
+    return position // block * block + (position % block - back) % block
 
 
 # ---- Datasets: images[i] gives (RGB Pillow image, label), images.classes the names of the labels ----
@@ -526,7 +527,7 @@ def main():
     parser.add_argument("data", metavar="DIR", help=f"folder with train/ and val/, or {', '.join(NAMED)}")
     parser.add_argument("--check", action="store_true", help="open every image, list the unreadable")
     parser.add_argument("--image-size", type=int, default=224, help="pixels of a view (default 224)")
-    parser.add_argument("--output", default="contact_sheet.png", help="default contact_sheet.png")
+    parser.add_argument("--output", default="contact_sheet.png", help="a PNG; default contact_sheet.png")
     args = parser.parse_args()
     try:
         if not 0 < args.image_size <= 4096:
@@ -534,7 +535,7 @@ def main():
         train, val = open_dataset(args.data)
         if args.check:
             sys.exit(1 if check(train, "train") + check(val, "val") else 0)
-        contact_sheet(train, args.image_size).save(args.output)
+        contact_sheet(train, args.image_size).save(args.output, format="PNG")
     except Exception as error:                                      # a folder, an image, a flag: a user's
         sys.exit(f"data.py: {error}")
     print(f"{args.output}: some of {len(train)} training images, {len(train.classes)} classes")

@@ -118,7 +118,8 @@ class DeiT(nn.Module):
 
     def __init__(self, size, *, distilled=False, image_size=224, num_classes=1000, drop_path=0.0):
         super().__init__()
-        (dim, heads), self.size, self.distilled = SIZES[size], size, distilled
+        dim, heads = SIZES[size]
+        self.size, self.distilled = size, distilled
         self.image_size, self.num_classes = image_size, num_classes
         self.patch_embed = PatchEmbed(dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -264,7 +265,7 @@ def infer_architecture(state):
     return size, num_tokens == 2, side * PATCH_SIZE, len(state["head.weight"])
 
 
-def fit(state, distilled, model):
+def adapt_to_model(state, distilled, model):
     """Makes the weights of a DeiT, `distilled` or not, fit `model`, which may have another image size, or the
     distillation token that they lack, or lack theirs. Positions are interpolated, bicubic, which keeps the
     vectors' norm (section 3), without antialiasing, as the published 384 models were made."""
@@ -302,12 +303,12 @@ def load_model(source, *, image_size=None, num_classes=None, classes=None, disti
         size, was_distilled, file_image_size, file_classes = infer_architecture(state)
         model = create_model(size, distilled=was_distilled if distilled is None else distilled,
                              image_size=image_size or file_image_size, drop_path=drop_path,
-                             num_classes=num_classes or file_classes)
-        state, changes = fit(state, was_distilled, model), []
+                             num_classes=num_classes or len(classes or ()) or file_classes)
+        state, changes = adapt_to_model(state, was_distilled, model), []
         if model.distilled != was_distilled:
             changes.append(("fresh" if model.distilled else "without its") + " distillation token and head")
         if model.num_classes != file_classes or other_classes(checkpoint, classes):
-            changes.append(f"fresh head for {model.num_classes} classes, not the file's {file_classes}")
+            changes.append(f"fresh head for {model.num_classes} classes; the file's {file_classes} differ")
             state |= {name: value for name, value in model.state_dict().items() if name.startswith("head")}
         load_strictly(model, state)
     if changes and os.environ.get("RANK", "0") == "0":              # under torchrun once, not per process

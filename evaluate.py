@@ -22,7 +22,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 if __name__ == "__main__":                                   # from here on Ctrl-C leaves no traceback
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.distributed as dist
@@ -210,8 +210,7 @@ def describe_pictures(model, paths, device, crop_ratio, attention=None):
     if attention:
         titles, columns = zip(*attention_columns(model, images).items())
         data.draw_grid(columns, titles, list(map(os.path.basename, paths))).save(attention, format="PNG")
-        tokens = " and ".join(("class", "distillation")[: len(model.tokens)])
-        print(f"{attention}: attention of {tokens} token")
+        print(f"{attention}: what the model's tokens attend to")
 
 
 # ---- Processes, mistakes, command line ------------------------------------------------------------
@@ -261,11 +260,13 @@ def one_line_errors(program, *kinds):
     traceback. The first process of each machine prints it, and torchrun's summary shows the first of all."""
     try:
         yield
-    except kinds as error:
+    except Exception as error:
+        if not isinstance(error, kinds) and "DataLoader worker (pid" not in str(error):  # was killed
+            raise
         lines = str(error).strip().splitlines() or [""]      # a loader's worker puts its traceback before
         message = re.sub(r"^(data\.)?\w+(Error|Image): ", "", lines[-1])
         if isinstance(error, torch.OutOfMemoryError):
-            message = f"{lines[0].split('. ')[0]}: a larger --accum-steps or smaller --batch-size needs less"
+            message = f"{lines[0].split('. ')[0]}: smaller --batch-size (in training, larger --accum-steps)"
         if not isinstance(error, (OSError, ValueError, RuntimeError, ArithmeticError)):
             message = f"{type(error).__name__}: {message}"
         data.kill_workers()
@@ -307,14 +308,14 @@ def parse_flags():
     add("--image-size", type=bounded(int, 1, 4096), help="evaluate at another size than the file's (pixels)")
     add("--crop-ratio", type=bounded(float, 0.1, 1), default=0.875, help="share that is kept (default 0.875)")
     add("--ema", action="store_true", help="the averaged weights of a training checkpoint")
-    add("--workers", type=bounded(int, 0, 256), help="loader processes (default: this process's CPUs)")
+    add("--workers", type=bounded(int, 0, 256), help="loader processes (default by its share of CPUs)")
     args = parser.parse_args()
-    if "" in vars(args).values():
+    if "" in (*vars(args).values(), *(args.image or ())):
         parser.error("the value of a flag is empty (an unset variable?): give it, or leave the flag out")
     if bool(args.data) == bool(args.image):
         parser.error("give --data DIR to evaluate on, or --image FILE ... to look at: one of them")
-    if args.attention and not args.image or args.teacher and not args.data:
-        parser.error("--teacher goes with --data, --attention with --image")
+    if args.attention and not args.image or (args.teacher or args.reference) and not args.data:
+        parser.error("--teacher and --reference go with --data, --attention with --image")
     return args
 
 

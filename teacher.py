@@ -5,7 +5,7 @@ Section 5.2 of "Training data-efficient image transformers & distillation throug
 paper's is RegNetY-16GF, 82.9 % top-1, 84 M parameters, trained on ImageNet with DeiT's own augmentation.
 
     python teacher.py SOURCE                           describes a teacher: architecture, classes, names
-    python train.py --model regnet_y_16gf --data DIR   trains one for your own classes, with the one loop
+    python train.py --model regnet_y_16gf --recipe convnet --data DIR      trains one for your own classes
 
 SOURCE is "official" (the paper's), a torchvision RegNet by name (its ImageNet weights, version 2:
 regnet_y_16gf, 82.886 %), a torchvision weights entry (RegNet_Y_16GF_Weights.IMAGENET1K_V1), a file or an
@@ -19,7 +19,7 @@ import signal
 import sys
 
 if __name__ == "__main__":                                   # from here on Ctrl-C leaves no traceback
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.distributed as dist
@@ -141,8 +141,8 @@ def torchvision_names(state):
         name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
         if match := re.fullmatch(r"s(\d)\.b(\d+)\.(.+)\.(\w+)", name):
             stage, block, part, leaf = match.groups()
-            place = f"trunk_output.block{stage}.block{stage}-{int(block) - 1}"
-            name = f"{place}.{BLOCK_NAMES.get(part, part)}.{leaf}"
+            prefix = f"trunk_output.block{stage}.block{stage}-{int(block) - 1}"
+            name = f"{prefix}.{BLOCK_NAMES.get(part, part)}.{leaf}"
         for theirs, ours in OTHER_NAMES.items():
             name = ours + name[len(theirs):] if name.startswith(theirs) else name
         renamed[name] = tensor

@@ -6,12 +6,11 @@ Section 6 and table 9 of "Training data-efficient image transformers & distillat
 
     torchrun --nproc_per_node 4 train.py --model tiny --distill --data imagenet      four GPUs
     python train.py --model tiny --distill                             no data: the built-in demo, in minutes
-    python train.py --model regnet_y_16gf --data DIR                   a teacher for your own classes
+    python train.py --model regnet_y_16gf --recipe convnet --data DIR      a teacher for your own classes
     python train.py --model base --init base --recipe finetune-384     another recipe, with its source
 
 With --resume the same command goes on with the run in --output, if there is one. A run is one folder:
-last.pth (to resume), best.pth (to use), log.jsonl (an object per epoch), TensorBoard events. The batch size
-is that of all processes together.
+last.pth (to resume), best.pth (to use), log.jsonl (an object per epoch), TensorBoard events.
 """
 import argparse
 import contextlib
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":                                   # from here on Ctrl-C leaves no traceback
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.distributed as dist
@@ -48,7 +47,7 @@ from evaluate import (BATCH_SIZE, OneLineParser, World, bounded, decide, evaluat
                       local_rank_zero_first, one_line_errors)
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-LOOK, SAVE, STOP = 1, 2, 3                                   # what is due after a step, with those before it
+LOOK, SAVE, STOP = 1, 2, 3                                   # what is due after a step: 3 includes 2 and 1
 
 
 # ---- The recipe. Defaults are the paper's (table 9); the command line is made from this class. ----
@@ -95,7 +94,6 @@ class Recipe:
     seed: int = flag(0, "everything random follows from it", 0, 2**63 - 1)
     output: str = flag(None, "the run's folder; default runs/<model>[-distilled]-<data>")
     resume: bool = flag(False, "go on with the run in --output, if there is one")
-
     peak = property(lambda recipe: recipe.lr * recipe.batch_size / 512)          # the linear scaling rule
 
 
@@ -156,7 +154,7 @@ def train_epoch(run, epoch, batches, meter):
     """An epoch, from the step on that run.state has reached."""
     recipe, world, sampler, optimizer, scaler = run.recipe, run.world, run.sampler, run.optimizer, run.scaler
     dtype = AUTOCAST[recipe.precision]
-    # as many as the official runs had processes, which drew one each; and one for each view of an image
+    # one for mix_group views, officially those of a process, and at least one for each view of an image
     num_mixes = max(recipe.repeats, round(recipe.batch_size / recipe.mix_group))
     run.ddp_model.train()
     torch.backends.cudnn.benchmark = True                    # all batches have one shape
@@ -171,11 +169,11 @@ def train_epoch(run, epoch, batches, meter):
             images, targets = data.mix(images, labels, len(run.classes), first=first, repeats=recipe.repeats,
                                        num_mixes=num_mixes, mixup=recipe.mixup, cutmix=recipe.cutmix)
             torch.manual_seed(data.seed_from(recipe.seed, epoch, step, micro_step, world.rank))    # drop-path
-            is_joint = micro_step == recipe.accum_steps - 1  # the processes average their gradients then
-            with contextlib.nullcontext() if is_joint or world.world_size == 1 else run.ddp_model.no_sync():
-                with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
-                    losses = compute_losses(run.ddp_model, run.teacher, images, targets, recipe)
-                scaler.scale(losses[0] / recipe.accum_steps).backward()
+            # processes average gradients in the last part only (as no_sync does; idle without DDP)
+            run.ddp_model.require_backward_grad_sync = micro_step == recipe.accum_steps - 1
+            with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
+                losses = compute_losses(run.ddp_model, run.teacher, images, targets, recipe)
+            scaler.scale(losses[0] / recipe.accum_steps).backward()
             meter.add(losses, images)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_grad or math.inf)
@@ -228,13 +226,15 @@ def train(run):
             train_epoch(run, epoch, batches, meter)
             lr, means = learning_rate(run.recipe, epoch + 1 - 1 / steps), (meter.shown / steps).tolist()
             record = {"epoch": epoch, "step": state["step"], "lr": lr}       # no times: logs can be equal
-            record |= {f"train_{term}": mean for term, mean in zip(meter.terms, means)} | validate(run)
+            record |= {f"train_{name}": mean for name, mean in zip(meter.loss_names, means)} | validate(run)
             state["log"].append(record)
             state["epoch_sums"] = None
             meter.end_epoch(record)
             save_epoch(run, meter)
         for number, handler in handlers.items():             # not after an error: it has to be said first
             signal.signal(number, handler)
+        if meter.signal:                                     # it came after the last step
+            signal.raise_signal(meter.signal)
     finally:
         meter.close()
         data.kill_workers()
@@ -261,11 +261,12 @@ class Meter:
 
     def __init__(self, run):
         self.run, state, world = run, run.state, run.world
-        self.terms = ("loss", "class_loss", "distillation_loss") if run.recipe.distill else ("loss",)
+        self.loss_names = ("loss", "class_loss", "distillation_loss") if run.recipe.distill else ("loss",)
         # in float64 and in order: an epoch's sums do not depend on when the host looks; a row per rank
-        before = torch.tensor(state["epoch_sums"] or [[0.0] * len(self.terms)], dtype=torch.float64)
+        before = torch.tensor(state["epoch_sums"] or [[0.0] * len(self.loss_names)], dtype=torch.float64)
         own = before[world.rank] if len(before) == world.world_size else before.mean(dim=0)
         self.sums, self.norm = own.to(world.device), torch.zeros((), device=world.device)
+        self.finite_steps = torch.zeros((), device=world.device)
         self.saved, self.save_seconds, self.signal, self.is_first_batch = time.monotonic(), 0.0, 0, True
         self.writer = SummaryWriter(run.folder, purge_step=state["step"] + 1) if world.rank == 0 else None
         self.bar = tqdm(initial=state["step"], total=run.recipe.epochs * run.sampler.steps, unit="step",
@@ -291,6 +292,7 @@ class Meter:
 
     def add(self, losses, images):
         self.sums += torch.stack(losses).detach() / self.run.recipe.accum_steps
+        self.finite_steps += self.sums[0].isfinite()
         if self.is_first_batch and self.writer:              # as the model sees it
             sheet = torchvision.utils.make_grid(data.denormalize(images[:64]).cpu(), nrow=8)
             self.writer.add_image("first batch", sheet, self.run.state["step"])
@@ -305,7 +307,7 @@ class Meter:
         self.steps += 1
         is_look = is_last or time.monotonic() - self.looked > LOOK_SECONDS
         is_save = self.run.world.rank == 0 and self.is_save_due(SAVE_SECONDS)
-        due = torch.tensor(max(LOOK * is_look, SAVE * is_save, STOP * (self.signal > 0)))    # or 0
+        due = torch.tensor(max(LOOK * is_look, SAVE * is_save, STOP * (self.signal > 0)))
         if self.run.world.world_size > 1:
             dist.all_reduce(due, dist.ReduceOp.MAX)
         return int(due)
@@ -314,25 +316,27 @@ class Meter:
         """Waits for the device, and shows the mean over ranks since the last look. Raises FloatingPointError
         on all ranks if a loss, gradient or weight of any is not finite."""
         run, weights = self.run, nn.utils.get_total_norm(self.run.model.parameters())
-        own = torch.cat((self.sums, self.norm[None], weights[None]))
+        own = torch.cat((self.sums, torch.stack((self.finite_steps, self.norm, weights))))
         ranks = [own.clone() for _ in range(run.world.world_size)]
         if len(ranks) > 1:
             dist.all_gather(ranks, own)
-        table = torch.stack(ranks).cpu()                                            # (ranks, terms + 2)
-        run.state["epoch_sums"], norm = table[:, :-2].tolist(), table[:, -2].max().item()
-        bad = [f"rank {rank}: the loss became {loss}" for rank, loss in enumerate(table[:, 0].tolist())
-               if not math.isfinite(loss)]
+        table = torch.stack(ranks).cpu()                                            # (ranks, losses + 3)
+        sums, (finite_steps, norms, weights) = table[:, :-3], table[:, -3:].T
+        run.state["epoch_sums"], norm, bad = sums.tolist(), norms.max().item(), None
         # fp16: a step with an overflow is left out and the loss scale halved, as it should be, down to 1
         is_skipped = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
-        if not table[:, -1].isfinite().all() or not math.isfinite(norm) and not is_skipped:
-            bad.append("a gradient or weight is not finite")
+        if not sums.isfinite().all():
+            first = int(finite_steps.argmin())               # a step later the gradient takes it to all
+            bad = f"rank {first}: the loss became {sums[first, 0]:g}"
+        elif not weights.isfinite().all() or not math.isfinite(norm) and not is_skipped:
+            bad = "a gradient or weight is not finite"
         if bad:
             raise FloatingPointError(
-                f"{bad[0]} between steps {step + 1 - self.steps} and {step} of epoch {epoch} (learning rate "
+                f"{bad} between steps {step + 1 - self.steps} and {step} of epoch {epoch} (learning rate "
                 f"{lr:.3g}, gradient norm {norm:.3g}); {run.folder / 'last.pth'} is from before it. Try a "
                 "lower --lr, or --precision fp32")
-        seconds, sums = time.monotonic() - self.looked, table[:, :-2].mean(dim=0)
-        values = dict(zip(self.terms, ((sums - self.shown) / self.steps).tolist())) | {
+        seconds, sums = time.monotonic() - self.looked, sums.mean(dim=0)
+        values = dict(zip(self.loss_names, ((sums - self.shown) / self.steps).tolist())) | {
             "lr": lr, "gradient_norm": norm, "data_wait_share": self.waited / seconds,
             "images_per_second": run.recipe.batch_size * self.steps / seconds}
         self.write("train", run.state["step"], values)
@@ -415,10 +419,9 @@ def save_epoch(run, meter):
 
 
 def lock(folder):
-    """Makes the folder and locks it until the file returned is closed. Raises ValueError if another process
-    has locked it."""
+    """Makes the folder and locks it until the file returned is closed. Raises ValueError if it is locked."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
+    file = open(folder / ".lock", "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -480,8 +483,7 @@ PRESETS = {
                       "weight_decay": 1e-8, "drop_path": 0.0, "ema": 0.99996, "mix_group": 32},
                      "official command for base, 82.89 %; no path is dropped there; with --distill ours"),
     "mmpretrain-small": ({"warmup_epochs": 20.0, "clip_grad": 5.0, "repeats": 1, "drop_path": 0.0},
-                         "mmpretrain's tiny 74.50 %, small 80.69 % (there: cosine after the warm-up, boxes "
-                         "erased in one colour)"),
+                         "mmpretrain's tiny 74.50 %, small 80.69 % (there: later cosine, one-colour boxes)"),
     "cifar-cars": ({"optimizer": "sgd", "lr": 0.01 * 512 / 768, "weight_decay": 1e-4, "batch_size": 768,
                     "epochs": 1000, "erasing": 0.0, "drop_path": 0.0},
                    "facebookresearch/deit, issues 45 and 175 (0.01 taken as the rate at 768): CIFAR, Cars"),
@@ -538,14 +540,12 @@ def make_recipe(typed):
     if not is_deit and recipe.model not in teacher.REGNETS:
         raise ValueError(f"unknown model {recipe.model!r}: --model {', '.join(deit.SIZES)}, or a RegNet such "
                          "as regnet_y_16gf to make a teacher")
-    if recipe.distill and not is_deit:
-        raise ValueError(f"--distill trains a DeiT, not {recipe.model}: leave it out to make a teacher")
-    used = {"teacher": recipe.distill, "any_teacher": recipe.distill, "alpha": recipe.distill,
-            "temperature": recipe.distill == "soft", "drop_path": is_deit}
+    used = {"distill": is_deit, "teacher": recipe.distill, "any_teacher": recipe.distill,
+            "alpha": recipe.distill, "temperature": recipe.distill == "soft", "drop_path": is_deit}
     for name in used.keys() & typed.keys():
-        if not used[name] and not recipe.resume:
-            raise ValueError(f"{option(name)} {typed[name]} would do nothing: --drop-path is for a DeiT, "
-                             "--temperature for --distill soft, the others for --distill")
+        if not used[name]:
+            raise ValueError(f"{option(name)} {typed[name]} would do nothing: --distill and --drop-path "
+                             "are for a DeiT, --temperature for --distill soft, the others for --distill")
     if is_deit and recipe.image_size % deit.PATCH_SIZE:
         deit.create_model(recipe.model, image_size=recipe.image_size)    # raises, with the size to use
     if 0 < recipe.mixup < 0.01 or 0 < recipe.cutmix < 0.01:
@@ -562,8 +562,8 @@ def make_recipe(typed):
 def settle(recipe, world):
     """The recipe with a precision that the device has. Raises ValueError for another one, and for a batch
     that does not divide among processes and parts."""
-    has_bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if recipe.precision == "auto":
+        has_bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         recipe = replace(recipe, precision="bf16" if has_bf16 else "fp32")
     if recipe.precision == "fp16" and world.device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU: use fp32 or bf16 here")
@@ -604,7 +604,7 @@ def build(recipe, world, folder, checkpoint=None):
         images, val_images = data.open_dataset(recipe.data)
         classes = images.classes
         model = build_model(replace(recipe, init=None) if checkpoint else recipe, classes).to(device)
-        if device.type == "cuda":                            # where RegNets train far slower channels-last
+        if device.type == "cuda":                            # RegNets: 3 times channels-last, by timm's table
             model.to(memory_format=torch.contiguous_format)
         if recipe.distill:
             teacher_model = teacher.load_teacher(recipe.teacher, len(classes), classes).to(device)
@@ -624,11 +624,11 @@ def build(recipe, world, folder, checkpoint=None):
     ema_model = copy.deepcopy(model).requires_grad_(False) if recipe.ema else None
     for module in filter(None, (model, teacher_model)) if recipe.compile else ():
         module.compile()
-    is_alone = world.world_size == 1
-    ddp_model = model if is_alone else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    is_ddp = world.world_size > 1
+    ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if is_ddp else model
     groups, is_fp16 = parameter_groups(model, recipe.weight_decay), recipe.precision == "fp16"
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-    if recipe.optimizer == "sgd":                            # a first step that overflows: no fused momentum
+    if recipe.optimizer == "sgd":                            # fused keeps the inf of a step fp16 leaves out
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, fused=not is_fp16)
     scaler = torch.amp.GradScaler(device.type, enabled=is_fp16)
     run = Run(recipe, world, folder, classes, model, ddp_model, ema_model, optimizer, scaler, teacher_model,
@@ -645,6 +645,7 @@ def summary(run, teacher_top1, changes):
     changed = {name: value for name, value in asdict(recipe).items() if value != paper[name] and (
         name == "optimizer" or type(paper[name]) in (int, float) and name != "seed")}
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "CPU"
+    is_unmixed = (recipe.mixup or recipe.cutmix) and sampler.batch_size < 2 * recipe.repeats
     is_slow = device != "CPU" and recipe.precision == "fp32"
     lines = {
         "run": f"{run.folder}, from step {run.state['step']:,} on",
@@ -653,10 +654,11 @@ def summary(run, teacher_top1, changes):
                 f"images, {len(run.classes):,} classes{data.describe_ignored(images)}",
         "recipe": recipe.recipe and f"{recipe.recipe}: {PRESETS[recipe.recipe][1]}",
         "changed": changed and f"in place of the paper's values: {listing(changed)}",
-        "epochs": f"{recipe.epochs} of {sampler.steps:,} steps; {recipe.repeats} view(s) of each of "
-                  f"{sampler.distinct_images:,} images in each",
+        "epochs": f"{recipe.epochs} of {sampler.steps:,} steps, {len(images) % recipe.batch_size:,} views "
+                  f"left over; in each {recipe.repeats} view(s) of {sampler.distinct_images:,} images",
         "step": f"{recipe.batch_size:,} views = {run.world.world_size} process(es) x {recipe.accum_steps} "
                 f"part(s) x {sampler.batch_size}; learning rate {recipe.peak:.4g} at the peak",
+        "mixing": is_unmixed and f"none: it needs {2 * recipe.repeats} views at a time",
         "model": f"{recipe.model}{' distilled' * bool(recipe.distill)}, {recipe.image_size} pixels, "
                  f"{sum(p.numel() for p in run.model.parameters()):,} parameters",
         "teacher": run.teacher and f"{recipe.teacher}: {teacher_top1:.2f} % top-1 on the validation images; "
@@ -664,8 +666,6 @@ def summary(run, teacher_top1, changes):
         "device": f"{device}, {recipe.precision}{' (fp16 is several times faster)' * is_slow}, "
                   f"{run.loader.num_workers} worker(s), torch {torch.__version__}",
     }
-    if sampler.batch_size < 2 * recipe.repeats and (recipe.mixup or recipe.cutmix):
-        lines["note"] = f"{sampler.batch_size} views at a time are not mixed, {2 * recipe.repeats} would be"
     return "\n".join(f"{name:<9}{line}" for name, line in lines.items() if line)
 
 
@@ -699,7 +699,8 @@ def main():
             print("NO --data AND NO ./imagenet HERE: training on the built-in demo, ten kinds of patterns.\n"
                   "For your own images: --data DIR, a folder with train/ and val/.", flush=True)
         if recipe.distill and recipe.data == "demo" and recipe.teacher == "official":
-            values = teacher.DEMO | {name: getattr(recipe, name) for name in ("seed", "workers", "precision")}
+            values = teacher.DEMO | {
+                name: getattr(recipe, name) for name in ("image_size", "seed", "workers", "precision")}
             values["batch_size"] = max(2, math.ceil(16 / world.world_size)) * world.world_size
             with one_line_errors("train.py", Exception):
                 teacher_run = find_run({}, make_recipe(values), folder / "teacher")
@@ -708,9 +709,9 @@ def main():
         log = build_and_train(recipe, checkpoint, world, folder)
     if world.rank == 0:
         best = max(log, key=lambda record: record["top1"])
-        print(f"done: top-1 {log[-1]['top1']:.2f}, top-5 {log[-1]['top5']:.2f} after {len(log)} epochs; "
-              f"best top-1 {best['top1']:.2f} in epoch {best['epoch']}\npython evaluate.py --weights "
-              f"{shlex.quote(str(folder / 'best.pth'))} --data {shlex.quote(recipe.data)}")
+        command = ["python", "evaluate.py", "--weights", str(folder / "best.pth"), "--data", recipe.data]
+        print(f"done: top-1 {log[-1]['top1']:.2f} after {len(log)} epochs, best {best['top1']:.2f} in epoch "
+              f"{best['epoch']}", shlex.join(command), sep="\n")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -236,7 +236,7 @@ def test_a_fresh_head_is_made_only_when_asked_for_and_said(capsys):
     assert deit.load_model("file", checkpoint=dict(state)).num_classes == 1000 and capsys.readouterr().out == ""
     model = deit.load_model("file", checkpoint=dict(state), num_classes=7)
     assert model.head.out_features == model.head_dist.out_features == 7
-    assert capsys.readouterr().out == "file: fresh head for 7 classes, not the file's 1000\n"
+    assert capsys.readouterr().out == "file: fresh head for 7 classes; the file's 1000 differ\n"
 
 
 def test_a_plain_model_made_distilled_and_back_is_itself(capsys):

@@ -1,6 +1,7 @@
 """train.py as it is, with a checkpoint at every step and the faults that the environment asks for. Run by the tests.
 
     FAULT=nan:RANK:STEP      the loss of that rank becomes nan from that step on
+    FAULT=late-nan:RANK:STEP  the same, in that step only, and the loop looks every three seconds as it really does
     FAULT=slow:RANK:STEP     each batch of that rank's validations takes a second
     FAULT=dead:RANK:STEP     that rank is killed
     FAULT=crash:RANK:STEP    that rank raises an exception that no user can cause
@@ -37,10 +38,11 @@ def faulty_forward(self, images):
         os.kill(os.getpid(), signal.SIGKILL)
     if due and kind == "crash":
         raise AttributeError("a programming error")
-    return forward(self, images) * float("nan") if due and kind == "nan" else forward(self, images)
+    is_nan = due and (kind == "nan" or kind == "late-nan" and len(steps) == int(at) + 1)
+    return forward(self, images) * float("nan") if is_nan else forward(self, images)
 
 
-if kind != "crawl":
+if kind not in ("crawl", "late-nan"):
     train.LOOK_SECONDS, train.SAVE_SECONDS, train.SAVE_SHARE = -1, -1, float("inf")
 if kind == "stuck":
     evaluate.TIMEOUT = timedelta(seconds=10)
