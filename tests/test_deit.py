@@ -237,6 +237,8 @@ def test_a_fresh_head_is_made_only_when_asked_for_and_said(capsys):
     model = deit.load_model("file", checkpoint=dict(state), num_classes=7)
     assert model.head.out_features == model.head_dist.out_features == 7
     assert capsys.readouterr().out == "file: fresh head for 7 classes; the file's 1000 differ\n"
+    named = deit.load_model("file", checkpoint={"model": state, "classes": list("abc")}, classes=list("abd"))
+    assert named.num_classes == 3 and "fresh head for 3 classes" in capsys.readouterr().out
 
 
 def test_a_plain_model_made_distilled_and_back_is_itself(capsys):

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import struct
@@ -63,6 +64,22 @@ def test_a_killed_run_leaves_no_process_behind(shared_folder, tmp_path):
         for _ in range(300):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
+
+
+def test_a_signal_after_the_last_step_is_obeyed_when_all_is_saved(shared_folder, tmp_path, monkeypatch):
+    validate = train.validate
+    monkeypatch.setattr(train, "validate", lambda run: (os.kill(os.getpid(), signal.SIGINT), validate(run))[1])
+    with pytest.raises(KeyboardInterrupt):
+        run_main(train, *small_run(shared_folder, tmp_path / "run", "--epochs", 1))
+    assert len(saved_state(tmp_path / "run")["log"]) == 1
+
+
+def test_a_killed_loader_worker_is_told_in_one_line(shared_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Meter, "end_step", lambda self, *_, **__: data.kill_workers() or 0)
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run")) == 1
+    printed = capsys.readouterr().err                                    # what the parent meets first depends on the moment
+    assert "Traceback" not in printed and saved_state(tmp_path / "run")["step"] == 0
+    assert re.match("train.py: .*(DataLoader worker|Connection reset|received 0 items)", printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize("script", ["data.py", "evaluate.py", "teacher.py", "train.py"])
