@@ -397,7 +397,7 @@ def test_the_whole_way_by_the_command_line_on_two_processes(shared_folder, tmp_p
     done = run_script("train.py", "--distill", "--teacher", tmp_path / "teacher" / "best.pth", "--any-teacher", *small,
                       "--output", tmp_path / "student", processes=2)
     for line in ("48 training, 15 validation images, 3 classes", "16 views = 2 process(es) x 1 part(s) x 8",
-                 "2 of 3 steps; 3 view(s) of each of 16 images", "learning rate 1.563e-05 at the peak",
+                 "2 of 3 steps, 0 views left over; in each 3 view(s) of 16 images", "learning rate 1.563e-05 at the peak",
                  "% top-1 on the validation images; hard distillation, alpha 0.5"):
         assert line in done.stdout, done.stdout
     log = read_log(tmp_path / "student")
