@@ -256,8 +256,8 @@ def local_rank_zero_first(world):
 
 @contextlib.contextmanager
 def one_line_errors(program, *kinds):
-    """An exception of these kinds, which a user can cause, becomes one line and exit status 1, without a
-    traceback. The first process of each machine prints it, and torchrun's summary shows the first of all."""
+    """An exception of these kinds, or of a killed worker, becomes one line and exit status 1, no traceback.
+    The first process of each machine prints it, and torchrun's summary shows the first of all."""
     try:
         yield
     except Exception as error:

@@ -185,7 +185,7 @@ def train_epoch(run, epoch, batches, meter):
         run.state["step"] += 1
         due = meter.end_step(norm, is_last=step == sampler.steps - 1)
         if due >= LOOK:
-            meter.exchange(epoch, step, lr)                  # but for saving, all waiting for the device
+            meter.exchange(epoch, step, lr)                  # here alone, and to save, the host waits
         if due >= SAVE:
             save(run, meter)
         if due == STOP:
@@ -233,11 +233,11 @@ def train(run):
             save_epoch(run, meter)
         for number, handler in handlers.items():             # not after an error: it has to be said first
             signal.signal(number, handler)
-        if meter.signal:                                     # it came after the last step
-            signal.raise_signal(meter.signal)
     finally:
         meter.close()
         data.kill_workers()
+    if meter.signal:                                         # it came after the last step
+        signal.raise_signal(meter.signal)
 
 
 def stop(run, meter):

@@ -720,7 +720,6 @@ def test_check_lists_every_unreadable_image_and_fails(folder, capsys):
     (["demo", "--image-size", "large"], 2, "argument --image-size: invalid int value: 'large'"),
     (["demo", "--image-size", 0], 1, "--image-size 0: it must be from 1 to 4096"),
     (["nowhere"], 1, "no dataset 'nowhere'"),
-    (["demo", "--image-size", 32, "--output", "absent/sheet.png"], 1, "absent/sheet.png"),
     (["demo", "--image-size", 32, "--output", "absent/sheet.png"], 1, "absent/sheet.png")])
 def test_a_mistake_on_the_command_line_is_one_line(args, status, message, capsys):
     assert run_main(data, *args) == status
