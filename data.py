@@ -463,8 +463,8 @@ class EvalImages(Dataset):
 def eval_loader(images, image_size, *, crop_ratio=0.875, batch_size=64, workers=0, rank=0, world_size=1):
     """Batches of (images uint8, labels). Every image goes to one rank, once; nothing is padded."""
     dataset, sampler = EvalImages(images, image_size, crop_ratio), range(rank, len(images), world_size)
-    return DataLoader(dataset, sampler=sampler, batch_size=batch_size,
-                      **worker_options(workers, 3 * batch_size * image_size**2))
+    return DataLoader(dataset, sampler=sampler, batch_size=min(batch_size, len(images)),
+                      **worker_options(workers, 3 * min(batch_size, len(images)) * image_size**2))
 
 
 def train_loader(images, sampler, image_size, *, workers=0, **augmentation):

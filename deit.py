@@ -365,11 +365,14 @@ def read_checkpoint(source, names=tuple(PUBLISHED)):
 
 def load_strictly(model, state):
     """Raises RuntimeError for other names or shapes, ValueError for values that are not finite floats."""
-    for name, tensor in state.items():
-        is_counter = name.endswith("num_batches_tracked")        # batch norm's
-        if not is_counter and not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise ValueError(f"its {name} is not made of finite floating-point numbers")
-    model.load_state_dict(state, strict=True)
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    strange = [name for name, tensor in state.items() if tensor.is_meta or not (
+        tensor.dtype in floats or name.endswith("num_batches_tracked"))]         # batch norm's
+    if not strange:
+        model.load_state_dict(state, strict=True)
+        strange = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if strange:
+        raise ValueError(f"its {strange[0]} is not made of finite floating-point numbers")
 
 
 def other_classes(checkpoint, classes):

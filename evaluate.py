@@ -11,6 +11,7 @@ models the mean of the heads' logits, float32. Every image is counted once. Shap
 """
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -234,6 +235,8 @@ def init_processes():
         raise ValueError(f"{local_world_size} processes, {gpus} GPUs on the machine: --nproc_per_node {gpus}")
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     torch.cuda.set_device(local_rank if gpus else -1)        # -1 does nothing
+    if "TORCHELASTIC_RUN_ID" in os.environ:                  # if torchrun is killed, this one saves and ends
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)           # PR_SET_PDEATHSIG
     if "RANK" in os.environ:
         store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
@@ -261,21 +264,21 @@ def one_line_errors(program, *kinds):
     try:
         yield
     except Exception as error:
-        if not isinstance(error, kinds) and "DataLoader worker (pid" not in str(error):  # was killed
+        is_worker = isinstance(error, ConnectionError) or "DataLoader worker (pid" in str(error)
+        is_memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate", str(error))
+        if not (isinstance(error, kinds) or is_worker or is_memory):
             raise
-        lines = str(error).strip().splitlines() or [""]      # a loader's worker puts its traceback before
-        message = re.sub(r"^(data\.)?\w+(Error|Image): ", "", lines[-1])
-        if isinstance(error, torch.OutOfMemoryError):
-            message = f"{lines[0].split('. ')[0]}: smaller --batch-size (in training, larger --accum-steps)"
+        *_, line = str(error).strip().split("\n")            # a loader's worker puts its traceback before
+        message = re.sub(r"^(data\.)?\w+(Error|Image): ", "", line)
+        message += " (a loader's worker was killed; if for its memory: fewer --workers)" * is_worker
+        message = "out of memory: smaller --batch-size, or larger --accum-steps" if is_memory else message
         if not isinstance(error, (OSError, ValueError, RuntimeError, ArithmeticError)):
             message = f"{type(error).__name__}: {message}"
         data.kill_workers()
-        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")           # torchrun's
-        if error_file:
+        if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):      # torchrun's
             with open(error_file, "w") as file:
                 json.dump({"message": f"{program}: {message}", "timestamp": int(time.time())}, file)
-        is_silent = error_file and os.environ.get("LOCAL_RANK", "0") != "0"
-        sys.exit(1 if is_silent else f"{program}: {message}")
+        sys.exit(1 if error_file and os.environ.get("LOCAL_RANK", "0") != "0" else f"{program}: {message}")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -286,13 +289,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 def bounded(kind, low, high):
     """An int or float from a flag, which must lie within these bounds."""
-    def parse(text):
+    def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text[:20]}: it must be from {low:g} to {high:g}")
         return kind(text)
-
-    parse.__name__ = kind.__name__                           # argparse says "invalid int value"
-    return parse
+    return number
 
 
 def parse_flags():
@@ -322,17 +323,17 @@ def parse_flags():
 def main():
     args = parse_flags()
     with one_line_errors("evaluate.py", Exception):
-        world, teacher_model = init_processes(), None
+        world = init_processes()
         say, device = print if world.rank == 0 else lambda line: None, world.device
         with local_rank_zero_first(world):                   # it may download the weights or the data
             model = load_any(args.weights, image_size=args.image_size, ema=args.ema).to(device)
             images = data.open_split(args.data, train=False) if args.data else None
-            if args.teacher:
-                teacher_model = teacher.load_teacher(args.teacher, model.num_classes, model.classes)
+            teacher_model = args.teacher and teacher.load_teacher(
+                args.teacher, model.num_classes, model.classes)
         if args.attention and not isinstance(model, deit.DeiT):
             raise ValueError("--attention needs a DeiT: a convnet has no attention to show")
-        size, parameters = model.image_size, sum(parameter.numel() for parameter in model.parameters())
         if args.data:
+            size, parameters = model.image_size, sum(parameter.numel() for parameter in model.parameters())
             columns = class_indices(images.classes, model, args.reference)
             say(f"{args.weights}: {parameters:,} parameters, {model.num_classes} classes, image size {size}")
             say(f"{args.data}: {len(images):,} images{data.describe_ignored(images)}; short side to "
@@ -341,10 +342,9 @@ def main():
                 say(f"classes: {len(columns)} of {model.num_classes}, matched by name: it chooses among them")
             elif not model.classes:
                 say(f"classes in the folders' order: {images.classes[0]} is 0, {images.classes[-1]} the last")
-            for name, published in deit.PUBLISHED.items():
-                if args.weights == name or os.path.basename(args.weights) == published.file:
-                    say(f"published: Acc@1 {published.top1:.3f} Acc@5 {published.top5:.3f} (all 50,000 "
-                        f"images, {published.image_size} pixels, crop ratio 0.875)")
+            for name, row in deit.PUBLISHED.items():
+                if args.weights == name or os.path.basename(args.weights) == row.file:
+                    say(f"published: Acc@1 {row.top1:.3f} Acc@5 {row.top5:.3f}, {row.image_size} pixels")
             loader = data.eval_loader(images, size, crop_ratio=args.crop_ratio, batch_size=args.batch_size,
                                       workers=args.workers, rank=world.rank, world_size=world.world_size)
     with one_line_errors("evaluate.py", OSError, data.BadImage, torch.OutOfMemoryError):

@@ -7,7 +7,6 @@ Section 6 and table 9 of "Training data-efficient image transformers & distillat
     torchrun --nproc_per_node 4 train.py --model tiny --distill --data imagenet      four GPUs
     python train.py --model tiny --distill                             no data: the built-in demo, in minutes
     python train.py --model regnet_y_16gf --recipe convnet --data DIR      a teacher for your own classes
-    python train.py --model base --init base --recipe finetune-384     another recipe, with its source
 
 With --resume the same command goes on with the run in --output, if there is one. A run is one folder:
 last.pth (to resume), best.pth (to use), log.jsonl (an object per epoch), TensorBoard events.
@@ -22,10 +21,11 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":                                   # from here on Ctrl-C leaves no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -43,8 +43,8 @@ import data
 import deit
 import distill
 import teacher
-from evaluate import (BATCH_SIZE, OneLineParser, World, bounded, decide, evaluate, init_processes,
-                      local_rank_zero_first, one_line_errors)
+from evaluate import (BATCH_SIZE, OneLineParser, decide, evaluate, init_processes, local_rank_zero_first,
+                      one_line_errors)
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 LOOK, SAVE, STOP = 1, 2, 3                                   # what is due after a step: 3 includes 2 and 1
@@ -53,14 +53,14 @@ LOOK, SAVE, STOP = 1, 2, 3                                   # what is due after
 # ---- The recipe. Defaults are the paper's (table 9); the command line is made from this class. ----
 
 
-def flag(default, help, low=None, high=None):
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def flag(default, help, *allowed):                           # allowed: least and largest number, or words
+    return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
 @dataclass
 class Recipe:
-    model: str = flag("tiny", "tiny, small, base, or a torchvision RegNet (to make a teacher)")
-    distill: str = flag(None, "learn from a teacher as well: hard (equation 3) or soft (2)", ("hard", "soft"))
+    model: str = flag("tiny", "tiny, small, base or a torchvision RegNet", *deit.SIZES, *teacher.REGNETS)
+    distill: str = flag(None, "learn from a teacher as well: hard (equation 3) or soft (2)", "hard", "soft")
     data: str = flag(None, f"folder with train/, val/, or {', '.join(data.NAMED)} (default imagenet, demo)")
     teacher: str = flag("official", "the paper's RegNetY-16GF, a torchvision RegNet's name, a file or a URL")
     any_teacher: bool = flag(False, "accept a teacher no better than chance on the validation images")
@@ -70,7 +70,7 @@ class Recipe:
     epochs: int = flag(300, "an epoch is as many views as there are images (long runs: 1000)", 1, 10**6)
     batch_size: int = flag(1024, "images per optimiser step, over all processes", 1, 10**6)
     accum_steps: int = flag(1, "parts in which each process computes its share of a batch", 1, 10**4)
-    optimizer: str = flag("adamw", "adamw, or sgd with Nesterov momentum 0.9", ("adamw", "sgd"))
+    optimizer: str = flag("adamw", "adamw, or sgd with Nesterov momentum 0.9", "adamw", "sgd")
     lr: float = flag(5e-4, "peak learning rate for a batch of 512; scaled by batch / 512", 0, 1e6)
     min_lr: float = flag(1e-5, "where the cosine ends; not scaled, as officially, nor above the peak", 0, 1e6)
     warmup_lr: float = flag(1e-6, "where the warm-up starts; not scaled, nor above the peak", 0, 1e6)
@@ -88,13 +88,32 @@ class Recipe:
     alpha: float = flag(None, "weight of the distillation term; default as in the paper, 0.5, soft 0.1", 0, 1)
     temperature: float = flag(3.0, "softens both models' logits in soft distillation", 1e-3, 1e3)
     ema: float = flag(0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none", 0, 0.9999999)
-    precision: str = flag("auto", "auto is bf16 on GPUs that have it, else fp32", ("auto", *AUTOCAST))
+    precision: str = flag("auto", "bf16, fp16, fp32; auto: bf16 where a GPU has it", "auto", *AUTOCAST)
     compile: bool = flag(False, "torch.compile the model and the teacher")
     workers: int = flag(None, "loader processes per process; default by its share of the CPUs", 0, 256)
     seed: int = flag(0, "everything random follows from it", 0, 2**63 - 1)
     output: str = flag(None, "the run's folder; default runs/<model>[-distilled]-<data>")
     resume: bool = flag(False, "go on with the run in --output, if there is one")
     peak = property(lambda recipe: recipe.lr * recipe.batch_size / 512)          # the linear scaling rule
+
+    def __post_init__(self):
+        """Raises ValueError for what is not allowed, whether typed, of a preset, or read from last.pth."""
+        for item in fields(self):
+            value, kind = getattr(self, item.name), item.type
+            allowed = tuple(PRESETS) if item.name == "recipe" else item.metadata["allowed"]
+            is_fine = type(value) is kind and value != ""
+            wanted = f"a {kind.__name__}, not empty (is a variable unset?)"
+            if kind is str and allowed:
+                is_fine, wanted = value in allowed, ", ".join(allowed)
+            elif allowed:
+                is_fine = type(value) in (int, kind) and allowed[0] <= value <= allowed[1]
+                wanted = "from {:g} to {:g}".format(*allowed)
+            if not is_fine and (value is not None or item.default is not None):
+                raise ValueError(f"{option(item.name)} {str(value)[:20]!r}: it must be {wanted}")
+        if self.model in deit.SIZES and self.image_size % deit.PATCH_SIZE:
+            deit.create_model(self.model, image_size=self.image_size)    # raises, with the size to use
+        if 0 < self.mixup < 0.01 or 0 < self.cutmix < 0.01:
+            raise ValueError("--mixup and --cutmix must be 0, or 0.01 or more")
 
 
 def learning_rate(recipe, epoch):
@@ -119,23 +138,10 @@ def parameter_groups(model, weight_decay):
 # ---- The loop -------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
-    """All that a run consists of; ddp_model is the model itself where there is one process only."""
-    recipe: Recipe
-    world: World
-    folder: Path
-    classes: list
-    model: nn.Module
-    ddp_model: nn.Module
-    ema_model: nn.Module                                     # or None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    teacher: nn.Module                                       # or None
-    teacher_decisions: torch.Tensor                          # on the validation images of this process
-    sampler: data.RepeatedAugSampler
-    loader: torch.utils.data.DataLoader
-    val_loader: torch.utils.data.DataLoader
-    state: dict                                              # what changes: step, log, epoch_sums
+# All that a run consists of. ddp_model is the model itself where there is one process only; ema_model and
+# teacher may be None; state is what changes: step, log, epoch_sums.
+Run = namedtuple("Run", "recipe world folder classes model ddp_model ema_model optimizer scaler teacher "
+                 "teacher_decisions sampler loader val_loader state")
 
 
 def compute_losses(model, teacher_model, images, targets, recipe):
@@ -214,9 +220,9 @@ def validate(run):
     return record
 
 
-def train(run):
+def train(run, meter):
     """Trains, validates and saves, from where the run's state is to the end."""
-    state, steps, meter = run.state, run.sampler.steps, Meter(run)
+    state, steps = run.state, run.sampler.steps
     handlers = {number: signal.signal(number, meter.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if not state["step"]:
@@ -263,7 +269,8 @@ class Meter:
         self.run, state, world = run, run.state, run.world
         self.loss_names = ("loss", "class_loss", "distillation_loss") if run.recipe.distill else ("loss",)
         # in float64 and in order: an epoch's sums do not depend on when the host looks; a row per rank
-        before = torch.tensor(state["epoch_sums"] or [[0.0] * len(self.loss_names)], dtype=torch.float64)
+        before = torch.tensor(state["epoch_sums"] or [0.0] * len(self.loss_names), dtype=torch.float64)
+        before = before.view(-1, len(self.loss_names))
         own = before[world.rank] if len(before) == world.world_size else before.mean(dim=0)
         self.sums, self.norm = own.to(world.device), torch.zeros((), device=world.device)
         self.finite_steps = torch.zeros((), device=world.device)
@@ -442,12 +449,11 @@ def find_run(typed, recipe, folder):
         raise ValueError(f"{folder} holds a run already: --resume goes on with it, another --output starts")
     checkpoint = deit.read_checkpoint(path)
     with deit.naming(f"{path} is not a training checkpoint of this program"):
-        missing = {"model", "optimizer", "scaler", "classes", "processes"} - checkpoint.keys()
-        missing |= {"step", "log", "epoch_sums", "data"} - checkpoint["state"].keys()
+        missing = {"step", "log", "epoch_sums", "data"} - checkpoint["state"].keys()
         missing |= {item.name for item in fields(Recipe)} - checkpoint["recipe"].keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    saved = checkpoint["recipe"]
+        saved = asdict(Recipe(**checkpoint["recipe"]))
     for name, value in typed.items():
         if name not in free and value not in (saved[name], "auto"):          # auto: as it was chosen then
             raise ValueError(f"{option(name)} {value}, but the run to resume has {saved[name]}: leave it "
@@ -456,18 +462,26 @@ def find_run(typed, recipe, folder):
 
 
 def restore(run, checkpoint):
-    """Puts everything back as it was saved, and returns in words what else is different now. Raises
-    ValueError if the checkpoint is not of this run and these images."""
+    """Puts back what was saved; returns in words what else differs. Raises ValueError for another run's."""
+    state, optimizer, log = run.state, run.optimizer, run.state["log"]
     with deit.naming(run.folder / "last.pth"):
-        if run.state["data"] != data.fingerprint(run.loader.dataset.images, run.val_loader.dataset.images):
+        if state["data"] != data.fingerprint(run.loader.dataset.images, run.val_loader.dataset.images):
             raise ValueError(f"that run was on other images or labels than {run.recipe.data} has now")
         deit.load_strictly(run.model, checkpoint["model"])
         if run.ema_model:
             deit.load_strictly(run.ema_model, checkpoint["averaged_model"])
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
         run.scaler.load_state_dict(checkpoint["scaler"])
-        if run.state["step"] and len(run.optimizer.state) < len(list(run.model.parameters())):
-            raise ValueError("the state of the optimiser is missing")
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
+        is_stepped = state["step"] and not run.scaler.is_enabled()      # fp16 may have left out all of them
+        for parameter in run.model.parameters() if is_stepped else optimizer.state:
+            shapes = {name: value.shape for name, value in optimizer.state[parameter].items()}
+            if shapes != {"adamw": {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape},
+                          "sgd": {"momentum_buffer": parameter.shape}}[run.recipe.optimizer]:
+                raise ValueError("the state of the optimiser is missing, or of another model")
+        done = state["step"] - len(log) * run.sampler.steps          # of the epoch that comes
+        is_log = all(type(record["top1"]) is float for record in log)
+        if type(done) is not int or not 0 <= done <= run.sampler.steps or not is_log:
+            raise ValueError("its step and its log contradict each other")
         now = asdict(run.recipe) | {"processes": run.world.world_size}
         before = checkpoint["recipe"] | {"processes": checkpoint["processes"]}
         return [f"{name} {now[name]} in place of {before[name]}" for name in (
@@ -514,13 +528,7 @@ def parse_flags():
                            formatter_class=argparse.RawDescriptionHelpFormatter,
                            argument_default=argparse.SUPPRESS)
     for item in fields(Recipe):
-        low, high = item.metadata["low"], item.metadata["high"]
-        how = {"type": item.type if high is None else bounded(item.type, low, high),
-               "metavar": item.type.__name__.upper()}
-        if item.type is bool:
-            how = {"action": "store_true"}
-        elif isinstance(low, tuple) or item.name == "recipe":
-            how = {"choices": low or list(PRESETS)}
+        how = {"action": "store_true"} if item.type is bool else {"type": item.type}
         if item.name == "distill":                           # alone it means hard
             how |= {"nargs": "?", "const": "hard"}
         shown = "" if item.default is None or item.default is False else f" (default {item.default})"
@@ -530,29 +538,18 @@ def parse_flags():
 
 def make_recipe(typed):
     """The paper's values, changed by the demo's, the preset's, and what was typed. Raises ValueError."""
-    for name, value in typed.items():
-        if value == "":
-            raise ValueError(f"{option(name)} is empty (an unset variable?): give a value, or leave it out")
     preset, _ = PRESETS.get(typed.get("recipe"), ({}, None))
-    choice = {"data": "imagenet" if Path("imagenet").is_dir() else "demo"} | preset | typed
+    choice = {"data": "imagenet" if Path("imagenet").is_dir() else "demo",
+              "alpha": 0.1 if typed.get("distill") == "soft" else 0.5,
+              "mix_group": 64 if typed.get("model") == "base" else 256} | preset | typed
     recipe = Recipe(**DEMO | choice if choice["data"] == "demo" else choice)
     is_deit = recipe.model in deit.SIZES
-    if not is_deit and recipe.model not in teacher.REGNETS:
-        raise ValueError(f"unknown model {recipe.model!r}: --model {', '.join(deit.SIZES)}, or a RegNet such "
-                         "as regnet_y_16gf to make a teacher")
     used = {"distill": is_deit, "teacher": recipe.distill, "any_teacher": recipe.distill,
             "alpha": recipe.distill, "temperature": recipe.distill == "soft", "drop_path": is_deit}
     for name in used.keys() & typed.keys():
         if not used[name]:
             raise ValueError(f"{option(name)} {typed[name]} would do nothing: --distill and --drop-path "
                              "are for a DeiT, --temperature for --distill soft, the others for --distill")
-    if is_deit and recipe.image_size % deit.PATCH_SIZE:
-        deit.create_model(recipe.model, image_size=recipe.image_size)    # raises, with the size to use
-    if 0 < recipe.mixup < 0.01 or 0 < recipe.cutmix < 0.01:
-        raise ValueError("--mixup and --cutmix must be 0, or 0.01 or more")
-    if recipe.alpha is None:
-        recipe.alpha = 0.1 if recipe.distill == "soft" else 0.5
-    recipe.mix_group = recipe.mix_group or (64 if recipe.model == "base" else 256)
     return recipe
 
 
@@ -675,15 +672,18 @@ def summary(run, teacher_top1, changes):
 def build_and_train(recipe, checkpoint, world, folder):
     with one_line_errors("train.py", Exception):
         run = build(recipe, world, folder, checkpoint)
+        with deit.naming(folder):
+            meter = Meter(run)                               # TensorBoard's first file
     if checkpoint:
         checkpoint.clear()                                   # it is as large as three models
     with one_line_errors("train.py", OSError, data.BadImage, FloatingPointError, torch.OutOfMemoryError):
-        train(run)
+        train(run, meter)
     return run.state["log"]
 
 
 def main():
     typed = parse_flags()
+    threading.excepthook = lambda _: None                    # TensorBoard's: add_scalar raises it again
     with contextlib.ExitStack() as stack:
         with one_line_errors("train.py", Exception):
             recipe = make_recipe(typed)

@@ -38,13 +38,17 @@ def start(folder, output, epochs, processes, workers, *more, restarts=0):
                                 start_new_session=True, stdout=printed, stderr=subprocess.STDOUT)
 
 
-def signal_all(process, number):
-    """Sends a signal to the process and all that it has started: torchrun's are in process groups of their own."""
+def family(process):
+    """The pids of the process and of all that it has started: torchrun's are in process groups of their own."""
     pids = [process.pid]
     for pid in pids:                                                     # it grows
         with contextlib.suppress(FileNotFoundError):
             pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    for pid in pids:
+    return pids
+
+
+def signal_all(process, number):
+    for pid in family(process):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 

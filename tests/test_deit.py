@@ -283,7 +283,9 @@ def test_nothing_is_loaded_loosely(change, message):
 
 @pytest.mark.parametrize("change", [lambda bias: bias.index_fill(0, torch.tensor(5), float("nan")),
                                     lambda bias: bias.index_fill(0, torch.tensor(5), float("-inf")),
-                                    torch.Tensor.int, torch.Tensor.bool, lambda bias: bias.to(torch.complex64)])
+                                    torch.Tensor.int, torch.Tensor.bool, lambda bias: bias.to(torch.complex64),
+                                    lambda bias: bias.to("meta"), lambda bias: bias.to(torch.float8_e4m3fn),
+                                    lambda bias: bias.double() * 0 + 1e300])
 def test_weights_that_are_not_finite_floats_are_refused_by_name(change):
     state = deit.create_model("tiny", image_size=32).state_dict()
     state["blocks.3.mlp.fc1.bias"] = change(state["blocks.3.mlp.fc1.bias"])

@@ -318,7 +318,7 @@ def refused(capsys, *args):
     (["--weights", "absent.pth", "--data", "{data}"], "no weights file 'absent.pth'"),
     (["--weights", "{weights}", "--data", "{data}", "--image-size", "33"], "try 32"),
     (["--weights", "{weights}", "--data", "{data}", "--crop-ratio", "0"], "0: it must be from 0.1 to 1"),
-    (["--weights", "{weights}", "--data", "{data}", "--batch-size", "many"], "invalid int value: 'many'"),
+    (["--weights", "{weights}", "--data", "{data}", "--batch-size", "many"], "invalid number value: 'many'"),
     (["--weights", "{weights}", "--data", "{data}", "--modle", "tiny"], "unrecognized arguments: --modle"),
     (["--weights", "{weights}", "--data", "{data}", "--ema"], "no averaged weights"),
     (["--weights", "{weights}", "--image", "absent.jpg"], "cannot read image absent.jpg"),

@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -24,7 +25,7 @@ import deit
 import teacher
 import train
 from conftest import ROOT, run_main, run_script
-from kill_and_resume import kill, signal_all, start, survive, wait_for_saves
+from kill_and_resume import family, kill, signal_all, start, survive, wait_for_saves
 from test_train import small_run
 
 
@@ -54,15 +55,18 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed_to_the_same_bits(tmp_path
     assert survive(tmp_path, 1, 2, 1, seed=3, elastic=True) == (1, None)
 
 
-def test_a_killed_run_leaves_no_process_behind(shared_folder, tmp_path):
-    process = start(shared_folder, tmp_path / "run", 50, 1, 2)
-    wait_for_saves(process, tmp_path / "run" / "last.pth", 1)
-    os.kill(process.pid, signal.SIGKILL)                                 # and not its loader workers
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_leaves_no_process_behind(processes, shared_folder, tmp_path):
+    process = start(shared_folder, tmp_path / "run", 1000, processes, 2)
+    wait_for_saves(process, tmp_path / "run" / "last.pth", 2)
+    pids = family(process)
+    os.kill(process.pid, signal.SIGKILL)                                 # and not its workers, or torchrun's ranks
     process.wait()
-    with pytest.raises(ProcessLookupError):
-        for _ in range(300):
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
+    deadline = time.monotonic() + 60
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+    assert len(pids) >= 2 + processes
 
 
 def test_a_signal_after_the_last_step_is_obeyed_when_all_is_saved(shared_folder, tmp_path, monkeypatch):
@@ -81,7 +85,7 @@ def test_a_killed_loader_worker_is_told_in_one_line(shared_folder, tmp_path, mon
 
     monkeypatch.setattr(train.Meter, "next_batch", next_batch)
     assert run_main(train, *small_run(shared_folder, tmp_path / "run")) == 1
-    assert capsys.readouterr().err.endswith(f"train.py: {message}\n")
+    assert f"\ntrain.py: {message} (a loader's worker was killed" in f"\n{capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize("script", ["data.py", "evaluate.py", "teacher.py", "train.py"])
@@ -255,6 +259,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
 
+def test_a_run_whose_folder_is_deleted_says_so_in_one_line(shared_folder, tmp_path, monkeypatch, capsys):
+    end_step = train.Meter.end_step
+
+    def delete(meter, *args, **kwargs):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return end_step(meter, *args, **kwargs)
+
+    monkeypatch.setattr(train.Meter, "end_step", delete)
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--epochs", 2)) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed and "No such file or directory" in printed.splitlines()[-1], printed
+
+
 def test_a_full_disk_under_tensorboard_ends_the_run_in_one_line(shared_folder, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -308,6 +325,58 @@ def test_a_last_pth_that_lacks_a_part_is_named_and_refused_in_one_line(change, d
     assert run_main(train, *flags) == 1
     printed = capsys.readouterr().err
     assert str(path) in printed and printed.count("\n") == 1, printed
+
+
+def without(mapping, name):
+    return {key: value for key, value in mapping.items() if key != name}
+
+
+def changed_optimizer(last, change):
+    """The checkpoint with another state of the optimiser's first parameter."""
+    state = last["optimizer"]["state"]
+    return {"optimizer": last["optimizer"] | {"state": state | {0: change(state[0])}}}
+
+
+EDITS = {                                                                # what an editor might do to a checkpoint
+    "a recipe's value out of bounds": lambda last: {"recipe": last["recipe"] | {"epochs": -3}},
+    "text for a number": lambda last: {"recipe": last["recipe"] | {"lr": "5e-4"}},
+    "a number for a switch": lambda last: {"recipe": last["recipe"] | {"compile": 1}},
+    "another model's name": lambda last: {"recipe": last["recipe"] | {"model": "huge"}},
+    "a field that there is not": lambda last: {"recipe": last["recipe"] | {"colour": "red"}},
+    "a preset that there is not": lambda last: {"recipe": last["recipe"] | {"recipe": "none"}},
+    "a step that is none": lambda last: {"state": last["state"] | {"step": 3.0}},
+    "a step of another epoch": lambda last: {"state": last["state"] | {"step": 100}},
+    "text for a step": lambda last: {"state": last["state"] | {"step": "3"}},
+    "a log without accuracies": lambda last: {"state": last["state"] | {"log": [{"epoch": 0}]}},
+    "text for an accuracy": lambda last: {"state": last["state"] | {"log": [{"top1": "high"}]}},
+    "sums that are none": lambda last: {"state": last["state"] | {"epoch_sums": [["a", "b"]]}},
+    "sums of some losses": lambda last: {"state": last["state"] | {"epoch_sums": [[1.0], []]}},
+    "no moments": lambda last: {"optimizer": last["optimizer"] | {"state": {}}},
+    "moments of another shape": lambda last: changed_optimizer(last, lambda one: one | {"exp_avg": torch.zeros(7)}),
+    "one moment missing": lambda last: changed_optimizer(last, lambda one: without(one, "exp_avg_sq")),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_last_pth_is_named_and_refused_in_one_line(edit, damaged, capsys):
+    path, flags = damaged
+    last = torch.load(path, weights_only=True)
+    torch.save(last | EDITS[edit](last), path)
+    assert run_main(train, *flags) == 1
+    printed = capsys.readouterr().err
+    assert str(path.parent) in printed and printed.count("\n") == 1, printed
+
+
+def test_a_run_goes_on_with_the_weight_decay_of_its_recipe(damaged, monkeypatch):
+    """Whatever the optimiser's groups in the file say."""
+    path, flags = damaged
+    last, groups = torch.load(path, weights_only=True), []
+    for group in last["optimizer"]["param_groups"]:
+        group["weight_decay"] = 7.0
+    torch.save(last, path)
+    monkeypatch.setattr(train, "train", lambda run, meter: groups.extend(run.optimizer.param_groups))
+    assert run_main(train, *flags) == 0
+    assert [group["weight_decay"] for group in groups] == [0.0, train.Recipe().weight_decay]
 
 
 def test_a_flag_that_would_change_a_resumed_run_is_refused(finished_run, capsys):

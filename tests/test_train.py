@@ -203,7 +203,7 @@ def test_the_teacher_sees_the_images_the_student_sees_without_gradients(shared_f
 def test_a_model_learns_the_training_images_by_heart(shared_folder, tmp_path):
     run = build_run(shared_folder, tmp_path / "run", epochs=8, lr=0.032, warmup_epochs=1.0, repeats=1, rand_augment=0.0,
                     erasing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, label_smoothing=0.0)
-    train.train(run)
+    train.train(run, train.Meter(run))
     loader = data.eval_loader(data.open_split(shared_folder, train=True), 32)
     score = evaluate.evaluate(run.model, loader, CPU.device)["mean"]
     assert (score.images, score.correct1) == (48, 48)
@@ -505,7 +505,7 @@ def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(sha
 
 @pytest.mark.parametrize("args, message", [
     (["--data", "absent"], "no dataset 'absent'"),
-    (["--model", "huge"], "unknown model 'huge': --model tiny, small, base"),
+    (["--model", "huge"], "--model 'huge': it must be tiny, small, base"),
     (["--modell", "tiny"], "unrecognized arguments: --modell"),
     (["--data", "{data}", "--batch-size", "15", "--accum-steps", "2"], "try 16"),
     (["--data", "{data}", "--batch-size", "64"], "48 training images are fewer than one batch of 64: --batch-size 32"),
@@ -518,24 +518,24 @@ def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(sha
     (["--data", "{data}", "--model", "regnet_y_400mf", "--distill"], "--distill hard would do nothing"),
     (["--data", "{data}", "--init", "{text}"], "cannot read weights {text}"),
     (["--data", "{data}", "--model", "small", "--init", "{distilled}"], "is a tiny model: --model tiny"),
-    (["--data", "{data}", "--recipe", "imagenet"], "invalid choice: 'imagenet'"),
+    (["--data", "{data}", "--recipe", "imagenet"], "--recipe 'imagenet': it must be finetune-384,"),
     (["--data", "{data}", "--model", "regnet_y_400mf", "--init", "{other}"], "is a regnet_x_400mf model"),
     (["--data", "{data}", "--precision", "fp16"], "fp16 needs a GPU"),
     (["--data", "{data}", "--temperature", "2", "--distill"], "2.0 would do nothing"),
     (["--data", "{data}", "--model", "regnet_y_400mf", "--drop-path", "0.2"], "would do nothing"),
     (["--data", "{data}", "--distill", "--teacher", "{foreign}"], "where it has 'ant', the data has 'cat'"),
     (["--distill", "--batch-size", "33", "--accum-steps", "2"], "--batch-size 33 is no multiple of"),
-    (["--data", "{data}", "--epochs", "0"], "--epochs: 0: it must be from 1 to 1e+06"),
-    (["--data", "{data}", "--epochs", "9" * 400], "--epochs: 99999999999999999999: it must be from 1"),
-    (["--data", "{data}", "--workers", "10000"], "--workers: 10000: it must be from 0 to 256"),
-    (["--data", "{data}", "--repeats", "1000000000"], "--repeats: 1000000000: it must be from 1 to 8"),
-    (["--data", "{data}", "--drop-path", "1"], "--drop-path: 1: it must be from 0 to 0.99"),
-    (["--data", "{data}", "--lr", "nan"], "--lr: nan: it must be from 0 to 1e+06"),
+    (["--data", "{data}", "--epochs", "0"], "--epochs '0': it must be from 1 to 1e+06"),
+    (["--data", "{data}", "--epochs", "9" * 400], "--epochs '99999999999999999999': it must be from 1"),
+    (["--data", "{data}", "--workers", "10000"], "--workers '10000': it must be from 0 to 256"),
+    (["--data", "{data}", "--repeats", "1000000000"], "--repeats '1000000000': it must be from 1 to 8"),
+    (["--data", "{data}", "--drop-path", "1"], "--drop-path '1.0': it must be from 0 to 0.99"),
+    (["--data", "{data}", "--lr", "nan"], "--lr 'nan': it must be from 0 to 1e+06"),
     (["--data", "{data}", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-    (["--data", ""], "--data is empty"),
-    (["--data", "{data}", "--init", ""], "--init is empty"),
-    (["--data", "{data}", "--output", ""], "--output is empty"),
-    (["--data", "{data}", "--distill", "--teacher", ""], "--teacher is empty"),
+    (["--data", ""], "--data '': it must be a str, not empty"),
+    (["--data", "{data}", "--init", ""], "--init '': it must be a str, not empty"),
+    (["--data", "{data}", "--output", ""], "--output '': it must be a str, not empty"),
+    (["--data", "{data}", "--distill", "--teacher", ""], "--teacher '': it must be a str, not empty"),
     (["--data", "{data}", "--output", "{text}"], "notes.pth")])
 def test_a_mistake_is_one_line_and_a_status_before_any_work(args, message, shared_folder, tmp_path, monkeypatch,
                                                             capsys):
