@@ -151,7 +151,7 @@ class RepeatedAugSampler(Sampler):
         global_batch = world_size * batch_size * accum_steps
         if size < global_batch:
             raise ValueError(f"{size} training images are fewer than one batch of {global_batch}: "
-                             f"--batch-size {2 ** int(math.log2(max(1, size)))} or less")
+                             f"try --batch-size {2 ** int(math.log2(max(1, size / 8)))}")
         self.size, self.rank, self.world_size, self.batch_size = size, rank, world_size, batch_size
         self.accum_steps, self.repeats, self.epochs, self.seed = accum_steps, repeats, epochs, seed
         self.first_step, self.steps = first_step, size // global_batch
@@ -470,8 +470,8 @@ def eval_loader(images, image_size, *, crop_ratio=0.875, batch_size=64, workers=
 def train_loader(images, sampler, image_size, *, workers=0, **augmentation):
     """Batches as TrainBatches gives them, and with its arguments, in the order of the sampler."""
     dataset = TrainBatches(images, image_size, repeats=sampler.repeats, seed=sampler.seed, **augmentation)
-    return DataLoader(dataset, sampler=sampler, batch_size=None,
-                      **worker_options(workers, 3 * sampler.batch_size * image_size**2))
+    batch_bytes = 3 * (sampler.batch_size + 32) * image_size**2     # every second worker's 64 to validate
+    return DataLoader(dataset, sampler=sampler, batch_size=None, **worker_options(workers, batch_bytes))
 
 
 def contact_sheet(images, image_size, *, rows=8, seed=0):
@@ -484,7 +484,7 @@ def contact_sheet(images, image_size, *, rows=8, seed=0):
     mixed = [mix(views, labels, len(images.classes), num_mixes=len(views), **only)[0][::3]
              for only in ({"cutmix": 0}, {"mixup": 0})]
     columns = [normalize(evaluation), views[::3], views[1::3], views[2::3], *mixed]
-    titles = ["evaluation", "view 1", "view 2", "view 3", "mixup", "CutMix"]
+    titles = [f"evaluation, {image_size} px", "view 1", "view 2", "view 3", "mixup", "CutMix"]
     return draw_grid(columns, titles, [images.classes[label] for label in labels[::3]])
 
 

@@ -159,6 +159,7 @@ def evaluate_folder(model, loader, device, columns, teacher_model, say):
     scores = evaluate(model, loader, device, columns=columns, teacher_decisions=theirs, progress=say is print)
     for head, score in scores.items() if len(scores) > 1 or teacher_model else ():
         agreement = f" agreement with the teacher {score.agreement:.3f}" if teacher_model else ""
+        head = head if len(scores) > 1 else "model"
         say(f"{head:<13} Acc@1 {score.top1:.3f} Acc@5 {score.top5:.3f} loss {score.loss:.3f}{agreement}")
     say("* Acc@1 {0.top1:.3f} Acc@5 {0.top5:.3f} loss {0.loss:.3f}".format(scores["mean"]))
 
@@ -287,8 +288,7 @@ class OneLineParser(argparse.ArgumentParser):
                   if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
-def bounded(kind, low, high):
-    """An int or float from a flag, which must lie within these bounds."""
+def bounded(kind, low, high):                                # an int or float from a flag
     def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text[:20]}: it must be from {low:g} to {high:g}")

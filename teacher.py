@@ -72,7 +72,8 @@ def freeze(model):
 def load_teacher(source="official", num_classes=1000, classes=None):
     """The frozen teacher: logits (B, K) of images (B, 3, S, S) normalised as the student's. Raises OSError or
     ValueError if it cannot be read, does not know `num_classes` classes, or names other `classes`."""
-    advice = "train one for your classes: python train.py --model regnet_y_16gf --recipe convnet --data DIR"
+    advice = ("train one for your classes: python train.py --recipe convnet --data DIR --model "
+              "regnet_y_16gf, for few images regnet_y_400mf")
     if weights_url(source) and num_classes != 1000:                     # known before anything is downloaded
         raise ValueError(f"teacher {source} knows ImageNet's 1000 classes and the data has {num_classes}; "
                          f"{advice}")

@@ -8,8 +8,8 @@ Section 6 and table 9 of "Training data-efficient image transformers & distillat
     python train.py --model tiny --distill                             no data: the built-in demo, in minutes
     python train.py --model regnet_y_16gf --recipe convnet --data DIR      a teacher for your own classes
 
-With --resume the same command goes on with the run in --output, if there is one. A run is one folder:
-last.pth (to resume), best.pth (to use), log.jsonl (an object per epoch), TensorBoard events.
+A run is one folder: last.pth (with --resume the same command goes on from it), best.pth (to use), log.jsonl
+(an object per epoch), recipe.json, TensorBoard events.
 """
 import argparse
 import contextlib
@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -276,8 +276,12 @@ class Meter:
         self.finite_steps = torch.zeros((), device=world.device)
         self.saved, self.save_seconds, self.signal, self.is_first_batch = time.monotonic(), 0.0, 0, True
         self.writer = SummaryWriter(run.folder, purge_step=state["step"] + 1) if world.rank == 0 else None
+        if self.writer:
+            recipe = json.dumps(asdict(run.recipe), indent=4)
+            self.writer.add_text("recipe", f"```\n{recipe}\n```")
+            (run.folder / "recipe.json").write_text(f"{recipe}\n")
         self.bar = tqdm(initial=state["step"], total=run.recipe.epochs * run.sampler.steps, unit="step",
-                        smoothing=0.05, disable=world.rank > 0,
+                        smoothing=0, disable=world.rank > 0,     # remaining time by the mean of all steps
                         mininterval=0.1 if sys.stderr.isatty() else 30)      # a log file: a line now and then
         self.restart(before.mean(dim=0))
 
@@ -346,7 +350,8 @@ class Meter:
         values = dict(zip(self.loss_names, ((sums - self.shown) / self.steps).tolist())) | {
             "lr": lr, "gradient_norm": norm, "data_wait_share": self.waited / seconds,
             "images_per_second": run.recipe.batch_size * self.steps / seconds}
-        self.write("train", run.state["step"], values)
+        for name, value in values.items() if self.writer else ():
+            self.writer.add_scalar(f"train/{name}", value, run.state["step"])
         self.bar.set_postfix_str("epoch {}, loss {loss:.3f}, lr {lr:.2e}, {images_per_second:.0f} images/s, "
                                  "{data_wait_share:.0%} waiting for data".format(epoch, **values), False)
         self.bar.update(self.steps)
@@ -356,17 +361,14 @@ class Meter:
     def end_epoch(self, record):
         """Shows a record of the log, and starts the next epoch's sums."""
         scores = {name: value for name, value in record.items() if name not in ("epoch", "step", "lr")}
-        self.write("epoch", record["step"], scores)
+        for name, value in scores.items() if self.writer else ():
+            self.writer.add_scalar(f"val/{name}".replace("val/train_", "train/epoch_"), value, record["step"])
         shown = (f"{name} {value:.2f}" for name, value in scores.items()
                  if name.endswith(("train_loss", "top1", "top5", "agreement")))
         if self.writer:                                      # a disabled bar would write all the same
             self.bar.write(f"epoch {record['epoch']:>3}: {', '.join(shown)}")
         self.restart(torch.zeros_like(self.shown))
         self.sums.zero_()
-
-    def write(self, group, step, values):
-        for name, value in values.items() if self.writer else ():
-            self.writer.add_scalar(f"{group}/{name}", value, step)
 
     def close(self):
         self.bar.close()
@@ -621,8 +623,7 @@ def build(recipe, world, folder, checkpoint=None):
     ema_model = copy.deepcopy(model).requires_grad_(False) if recipe.ema else None
     for module in filter(None, (model, teacher_model)) if recipe.compile else ():
         module.compile()
-    is_ddp = world.world_size > 1
-    ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if is_ddp else model
+    ddp_model = DDP(model, gradient_as_bucket_view=True) if world.world_size > 1 else model
     groups, is_fp16 = parameter_groups(model, recipe.weight_decay), recipe.precision == "fp16"
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     if recipe.optimizer == "sgd":                            # fused keeps the inf of a step fp16 leaves out
@@ -674,8 +675,7 @@ def build_and_train(recipe, checkpoint, world, folder):
         run = build(recipe, world, folder, checkpoint)
         with deit.naming(folder):
             meter = Meter(run)                               # TensorBoard's first file
-    if checkpoint:
-        checkpoint.clear()                                   # it is as large as three models
+    (checkpoint or {}).clear()                               # it is as large as three models
     with one_line_errors("train.py", OSError, data.BadImage, FloatingPointError, torch.OutOfMemoryError):
         train(run, meter)
     return run.state["log"]
@@ -696,8 +696,7 @@ def main():
             recipe, checkpoint = find_run(typed, recipe, folder)
             settle(recipe, world)                            # raises, before the demo trains a teacher
         if world.rank == 0 and recipe.data == "demo" and "data" not in typed:
-            print("NO --data AND NO ./imagenet HERE: training on the built-in demo, ten kinds of patterns.\n"
-                  "For your own images: --data DIR, a folder with train/ and val/.", flush=True)
+            print("NO --data AND NO ./imagenet HERE: training on the built-in demo", flush=True)
         if recipe.distill and recipe.data == "demo" and recipe.teacher == "official":
             values = teacher.DEMO | {
                 name: getattr(recipe, name) for name in ("image_size", "seed", "workers", "precision")}
@@ -710,6 +709,7 @@ def main():
     if world.rank == 0:
         best = max(log, key=lambda record: record["top1"])
         command = ["python", "evaluate.py", "--weights", str(folder / "best.pth"), "--data", recipe.data]
+        command += ["--teacher", recipe.teacher] * bool(recipe.distill)
         print(f"done: top-1 {log[-1]['top1']:.2f} after {len(log)} epochs, best {best['top1']:.2f} in epoch "
               f"{best['epoch']}", shlex.join(command), sep="\n")
     if dist.is_initialized():

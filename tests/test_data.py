@@ -341,14 +341,15 @@ def test_a_process_keeps_one_of_its_cores_unless_it_has_two_or_less(cores, proce
 
 
 def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(monkeypatch):
-    needed = 2 * 3 * 8 * 3 * 48 * 48 * 4                                 # workers, batches of each, bytes, processes
+    """Those that train, and with them half as many that validate, 64 images at a time."""
+    needed = 3 * (2 * 8 + 1 * 64) * 3 * 48 * 48 * 4                      # batches of each, views, bytes, processes
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     sampler = data.RepeatedAugSampler(60, batch_size=8)
     for free, workers in ((needed, 2), (0, 0)):
         monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
         data.train_loader(Counting(), sampler, 48, workers=workers)
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
-    with pytest.raises(OSError, match="need 1 MiB of shared memory, /dev/shm has 1: .*--shm-size"):
+    with pytest.raises(OSError, match="need 6 MiB of shared memory, /dev/shm has 6: .*--shm-size"):
         data.train_loader(Counting(), sampler, 48, workers=2)
 
 

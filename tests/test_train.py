@@ -466,7 +466,11 @@ def test_without_data_the_demo_makes_its_teacher_and_says_so_first(tmp_path, mon
     assert "in place of the paper's values: image_size 48, epochs 1, batch_size 32" in printed
     pattern = r"teacher +runs/tiny-distilled-demo/teacher/best.pth: \d+\.\d\d % top-1 on the validation images"
     assert re.search(pattern, printed)
-    assert printed.endswith("python evaluate.py --weights runs/tiny-distilled-demo/best.pth --data demo\n")
+    command = "python evaluate.py --weights runs/tiny-distilled-demo/best.pth --data demo --teacher " \
+              "runs/tiny-distilled-demo/teacher/best.pth\n"
+    assert printed.endswith(command)
+    assert run_main(evaluate, *command.split()[2:], "--workers", 0) == 0
+    assert " agreement with the teacher " in capsys.readouterr().out
 
 
 def test_tensorboard_shows_the_first_batch_as_the_model_saw_it_and_no_other(shared_folder, tmp_path, monkeypatch):
@@ -587,6 +591,20 @@ def test_a_run_is_resumed_on_its_own_images_and_labels_only(change, folder, tmp_
     image.rename(tmp_path / "0.jpg" if "less" in change else folder / "train" / "dog" / "new.jpg")
     assert run_main(train, *small_run(folder, tmp_path / "run", "--epochs", 1, "--resume")) == 1
     assert f"that run was on other images or labels than {folder} has now" in capsys.readouterr().err
+
+
+def test_the_runs_folder_tells_its_recipe_and_tensorboard_groups_training_and_validation(shared_folder, tmp_path):
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--epochs", 1, "--lr", 0.001)) == 0
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert recipe == torch.load(tmp_path / "run" / "last.pth", weights_only=True)["recipe"] and recipe["lr"] == 0.001
+    events, (record,) = EventAccumulator(str(tmp_path / "run")).Reload(), read_log(tmp_path / "run")
+    shown = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    assert {tag.split("/")[0] for tag in shown} == {"train", "val"}
+    for tag, name in (("val/top1", "top1"), ("val/loss", "loss"), ("train/epoch_loss", "train_loss"),
+                      ("train/lr", "lr")):
+        assert shown[tag] == pytest.approx(record[name])
+    (text,) = events.Tensors("recipe/text_summary")
+    assert json.loads(text.tensor_proto.string_val[0].decode().strip("`\n")) == recipe
 
 
 def test_the_log_names_averaged_weights_and_heads(shared_folder, tmp_path):
