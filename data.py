@@ -490,11 +490,11 @@ def contact_sheet(images, image_size, *, rows=8, seed=0):
 
 def draw_grid(columns, titles, names):
     """Columns of normalised images (rows, 3, S, S) as one picture, titles above and names at the left."""
-    cell, gap, margin = max(150, columns[0].shape[-1]), 6, 120      # room for the titles over small images
+    font = ImageFont.load_default(13)
+    cell, gap, margin = max(150, columns[0].shape[-1]), 6, 16 + round(max(map(font.getlength, names)))
     sheet = Image.new("RGB", (margin + len(columns) * (cell + gap), 24 + len(names) * (cell + gap)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(names):
-        name = name if len(name) <= 15 else f"..{name[-13:]}"       # the end tells file names apart
         draw.text((margin - 8, 24 + row * (cell + gap) + cell // 2), name, "black", font, anchor="rm")
     for column, (images, title) in enumerate(zip(columns, titles)):
         left = margin + column * (cell + gap)

@@ -265,7 +265,7 @@ def one_line_errors(program, *kinds):
     try:
         yield
     except Exception as error:
-        is_worker = isinstance(error, ConnectionError) or "DataLoader worker (pid" in str(error)
+        is_worker = isinstance(error, ConnectionResetError) or "DataLoader worker (pid" in str(error)
         is_memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate", str(error))
         if not (isinstance(error, kinds) or is_worker or is_memory):
             raise
