@@ -142,9 +142,8 @@ class RepeatedAugSampler(Sampler):
     An epoch is a list of views, an image's side by side, cut into steps of one global batch and dealt to the
     ranks in pieces of `batch_size`. So each step has the same views on any number of processes, and an image
     is decoded once. (The official sampler sends its views to different ranks, and without torchrun silently
-    repeats nothing.) ImageNet at 1024: 1,251 steps, 427,008 images. `repeats=1` is plain shuffling. Yields
-    this rank's batches from step `first_step` of the run to its end, as (epoch, position of the first view in
-    the epoch, image indices). Raises ValueError if there are fewer images than a global batch."""
+    repeats nothing.) ImageNet at 1024: 1,251 steps, 427,008 images. Yields this rank's batches from step
+    `first_step` on, as (epoch, position of the first view in it, image indices). Raises ValueError."""
 
     def __init__(self, size, rank=0, world_size=1, *, batch_size=1, accum_steps=1, repeats=3, epochs=1,
                  first_step=0, seed=0):
@@ -298,17 +297,17 @@ def class_folders(root):
 
 
 def list_images(folder):
-    """(paths of the images below a folder, relative to it and sorted; number of other and hidden files). Does
-    not follow links to a folder above, or to one seen before."""
-    paths, others, seen = [], 0, set()
+    """(paths of the images below a class folder, relative to it and sorted; number of other, hidden files).
+    Links to a folder above, seen before, or elsewhere in the data set (another class) are not followed."""
+    paths, others, seen, data_root = [], 0, set(), os.path.realpath(os.path.dirname(folder))
     for root, folders, files in os.walk(folder, followlinks=True):
-        here = os.path.realpath(root)
-        folders.sort()
-        for name in list(folders):
-            target = os.path.realpath(os.path.join(root, name))
-            if name[0] == "." or target in seen or os.path.commonpath([here, target]) == target:
-                folders.remove(name)
-            seen.add(target)
+        here, parent = os.path.realpath(root), os.path.realpath(os.path.dirname(root))
+        is_inside = os.path.islink(root) and os.path.commonpath([data_root, here]) == data_root
+        if here in seen or is_inside or os.path.commonpath([parent, here]) == here:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         images = [name for name in files if name[0] != "." and datasets.folder.is_image_file(name)]
         paths += [os.path.join(root[len(folder) + 1:], name) for name in images]
         others += len(files) - len(images)
@@ -443,7 +442,7 @@ def fingerprint(*splits):
     digest = hashlib.sha256()
     for images in splits:
         digest.update(repr((images.classes, len(images))).encode())
-        for tensor in (images.names, images.labels) if isinstance(images, Folder) else ():
+        for tensor in (images.names, images.ends, images.labels) if isinstance(images, Folder) else ():
             digest.update(tensor.numpy())
     return digest.hexdigest()[:16]
 
@@ -491,7 +490,7 @@ def contact_sheet(images, image_size, *, rows=8, seed=0):
 def draw_grid(columns, titles, names):
     """Columns of normalised images (rows, 3, S, S) as one picture, titles above and names at the left."""
     font = ImageFont.load_default(13)
-    cell, gap, margin = max(150, columns[0].shape[-1]), 6, 16 + round(max(map(font.getlength, names)))
+    cell, gap, margin = max(150, columns[0].shape[-1]), 6, 16 + round(max(104, *map(font.getlength, names)))
     sheet = Image.new("RGB", (margin + len(columns) * (cell + gap), 24 + len(names) * (cell + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(names):
@@ -572,7 +571,9 @@ def worker_options(workers, batch_bytes=0):
     atexit.register(kill_workers)                                   # a failed run would wait for them
     set_forkserver_preload(["torchvision.transforms.v2", "torchvision.models", "torch.utils.tensorboard"])
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.environ["PYTHONSAFEPATH"] = "1"                              # it runs no code of the current folder
     forkserver.ensure_running()                                     # it inherits that signals are ignored
+    del os.environ["PYTHONSAFEPATH"]
     for number, handler in before.items():
         signal.signal(number, handler)
     return {"pin_memory": torch.cuda.is_available(), "num_workers": workers, "persistent_workers": True,
@@ -585,8 +586,7 @@ def kill_workers():
 
 
 def start_worker(worker):
-    """Ctrl-C and Slurm signal every process, but the run needs some batches more to end its step and save: a
-    worker takes no signals, and ends when the run does (its parent, the fork server, would keep it)."""
+    """A worker takes no signals (the run needs it to end its step and save) and ends when the run does."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()

@@ -16,6 +16,7 @@ import hashlib
 import math
 import os
 import re
+import warnings
 import zipfile
 from collections import namedtuple
 
@@ -259,7 +260,7 @@ def infer_architecture(state):
     size = next((name for name, (width, _) in SIZES.items() if width == dim), None)
     num_tokens = 2 if "dist_token" in state else 1
     side = math.isqrt(max(positions - num_tokens, 0))
-    if size is None or side < 1 or side**2 + num_tokens != positions or "head.weight" not in state:
+    if size is None or not 0 < side <= 256 or side**2 + num_tokens != positions or "head.weight" not in state:
         raise ValueError(f"no DeiT, which has a width of 192, 384 or 768 (this: {dim}), a square and "
                          f"{num_tokens} positions (this: {positions}), and a classifier, head.weight")
     return size, num_tokens == 2, side * PATCH_SIZE, len(state["head.weight"])
@@ -290,9 +291,8 @@ def load_model(source, *, image_size=None, num_classes=None, classes=None, disti
     Size, distilled or not, image size and classes come from the tensors, in the official (or timm's),
     mmpretrain's, Hugging Face's or this project's layout; loading is strict. `image_size` resizes the grid of
     positions; other `num_classes` or `classes` (names) than the file's give fresh heads; another `distilled`
-    a new distillation token and head, or none; each is said. `checkpoint`: what read_checkpoint(source) gave,
-    if it was read before. Raises FileNotFoundError or ValueError.
-    """
+    a new distillation token and head, or none; each is said. `checkpoint`: what read_checkpoint(source) gave.
+    Raises FileNotFoundError or ValueError."""
     checkpoint = read_checkpoint(source) if checkpoint is None else checkpoint
     with naming(source):
         state = adapt_state_dict(find_state_dict(checkpoint, ema))
@@ -325,9 +325,9 @@ def naming(source):
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split("Please")[0].split())[:300]
+        text = re.sub(r"(?s)Weights only load.*?(error:|\n\n)|(Please|Check the doc).*", "", str(error))
         kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
-        raise ValueError(f"{source}: {kind}{reason}") from None
+        raise ValueError(f"{source}: {kind}{' '.join(text.split())[:300]}") from None
 
 
 def download(url):
@@ -357,9 +357,10 @@ def read_checkpoint(source, names=tuple(PUBLISHED)):
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file                          # only such files need it
             return load_file(path)
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():     # torch does not look
-            raise ValueError("it is damaged: a checksum is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):         # in official files
+        archive = zipfile.is_zipfile(path) and zipfile.ZipFile(path)     # torch does not look; skips folders
+        if archive and (archive.testzip() or any(entry.external_attr & 0x10 for entry in archive.infolist())):
+            raise ValueError("it is damaged: a checksum is wrong, or an entry")
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(record=True):
             return torch.load(path, map_location="cpu", weights_only=True)
 
 

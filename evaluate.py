@@ -5,9 +5,9 @@
     torchrun --nproc_per_node 4 evaluate.py --weights deit.pth --data imagenet/val
     python evaluate.py --weights tiny --image a.jpg --attention map.png   likeliest classes; where it looks
 
-Architecture, heads, image size and classes are read from the file, a RegNet teacher's too. The protocol is
-that of the published numbers: short side to int(S / 0.875) pixels, bicubic, centre S x S, for distilled
-models the mean of the heads' logits, float32. Every image is counted once. Shapes: B images, K classes.
+Architecture, heads, image size and classes are read from the file. The protocol is that of the published
+numbers: short side to int(S / 0.875) pixels, bicubic, centre S x S, for distilled models the mean of the
+heads' logits, float32. Every image is counted once. Shapes: B images, K classes.
 """
 import argparse
 import contextlib
@@ -46,7 +46,6 @@ class Score(NamedTuple):
     correct5: float
     loss_sum: float
     agreed: float
-
     # In %; the paper's table 4 has 100 - agreement. The loss is a mean over images (officially over batches).
     top1 = property(lambda self: 100 * self.correct1 / self.images)
     top5 = property(lambda self: 100 * self.correct5 / self.images)
@@ -74,9 +73,8 @@ def predict(model, images):
 
 @torch.no_grad()
 def predictions(model, loader, device, columns=None, progress=False):
-    """Yields ({head: logits}, labels) of each batch of data.eval_loader. Batches are filled up to one size,
-    since the arithmetic of a matrix product may depend on its shape; compiled models run uncompiled, cuDNN
-    chooses without timing. So training on a CPU validates with the numbers of this script."""
+    """Yields ({head: logits}, labels) of each batch of data.eval_loader, in training as in this script:
+    filled up to one size, on which a matrix product may depend; uncompiled models, cuDNN without timing."""
     was_training, benchmark = model.training, torch.backends.cudnn.benchmark
     model.eval()
     torch.backends.cudnn.benchmark = False
@@ -122,19 +120,19 @@ def load_any(source, *, image_size=None, ema=False):
     num_classes and, if the file has them, the names of its classes. Raises OSError or ValueError."""
     checkpoint = deit.read_checkpoint(teacher.weights_url(source) or source)
     if teacher.find_regnet(checkpoint):
-        model, recipe = teacher.load_regnet(source, ema=ema, checkpoint=checkpoint), checkpoint.get("recipe")
-        model.image_size = image_size or (recipe["image_size"] if isinstance(recipe, dict) else 224)
+        model = teacher.load_regnet(source, ema=ema, checkpoint=checkpoint)
+        with deit.naming(source):
+            model.image_size = image_size or int(checkpoint.get("recipe", {"image_size": 224})["image_size"])
     else:
         model = deit.load_model(source, image_size=image_size, ema=ema, checkpoint=checkpoint)
     classes = checkpoint.get("classes")
-    model.classes = classes if isinstance(classes, list) and len(classes) == model.num_classes else None
+    model.classes = classes if [type(name) for name in classes or ()] == [str] * model.num_classes else None
     return model
 
 
 def class_indices(folders, model, reference=None):
-    """The model's class for each class folder; None if they are the same, in order. Names decide, those in
-    the checkpoint or of the class folders of `reference`; then numbers from 0 on, as ImageNet-V2's folders
-    have; then the order. Raises ValueError where they do not fit."""
+    """The model's class for each class folder; None if they are the same, in order. Names decide, the
+    checkpoint's or `reference`'s; then numbers (ImageNet-V2's); then the order. Raises ValueError."""
     known = model.classes or (data.class_folders(reference) if reference else None)
     if known and len(known) != model.num_classes:
         raise ValueError(f"--reference {reference} has {len(known)} class folders and the model "
@@ -157,6 +155,8 @@ def evaluate_folder(model, loader, device, columns, teacher_model, say):
     """Evaluates and says how it went: a line per head, and the model's own output last."""
     theirs = decide(teacher_model.to(device), loader, device, columns)[0] if teacher_model else None
     scores = evaluate(model, loader, device, columns=columns, teacher_decisions=theirs, progress=say is print)
+    if not torch.tensor(scores["mean"].loss).isfinite():
+        raise FloatingPointError("the model's output is not finite: are the weights damaged?")
     for head, score in scores.items() if len(scores) > 1 or teacher_model else ():
         agreement = f" agreement with the teacher {score.agreement:.3f}" if teacher_model else ""
         head = head if len(scores) > 1 else "model"
@@ -175,9 +175,8 @@ def class_names(model):
 
 
 def attention_columns(model, images):
-    """{title: pictures}: where class and distillation token of normalised images (B, 3, S, S) attend to.
-    "last block" is the mean over heads of the last block's attention; "rollout" (Abnar and Zuidema, 2020)
-    follows it through all blocks, half of each block's output being its input."""
+    """{title: pictures}: where the tokens of normalised images (B, 3, S, S) attend to, mean over heads: in
+    the last block; by rollout (Abnar and Zuidema, 2020), through all, half of each output being its input."""
     maps = model.attention_maps(images).mean(dim=2)                               # (B, depth, N, N)
     rollout = identity = torch.eye(maps.shape[-1], device=images.device)
     for attention in maps.unbind(dim=1):
@@ -190,8 +189,7 @@ def attention_columns(model, images):
 
 
 def highlight(images, patches):
-    """The images in grey, the more yellow the more attention (B, patches) there is: from the least attended
-    patch, none, to the most. Normalised in, normalised out."""
+    """The images in grey, yellow by the attention (B, patches): none for the least, 0.8 for the most."""
     side, (least, most) = round(patches.shape[1] ** 0.5), patches.aminmax(dim=1, keepdim=True)
     weight = ((patches - least) / (most - least).clamp(min=1e-12)).unflatten(1, (1, side, side))
     weight = 0.8 * F.interpolate(weight, size=images.shape[-2:], mode="bilinear")  # (B, 1, S, S)
@@ -230,6 +228,7 @@ def init_processes():
         raise ValueError(f"{', '.join(names)} are {', '.join(numbers)}: unset them, or start with torchrun, "
                          "which sets all four")
     rank, world_size, local_rank, local_world_size = map(int, numbers)
+    sys.stdout.reconfigure(errors="backslashreplace")        # file names may have undecodable bytes
     torch.backends.cudnn.allow_tf32 = False                  # float32 is to mean float32 in convolutions too
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and local_world_size > gpus:
@@ -265,19 +264,19 @@ def one_line_errors(program, *kinds):
     try:
         yield
     except Exception as error:
-        is_worker = isinstance(error, ConnectionResetError) or "DataLoader worker (pid" in str(error)
+        is_process = re.search(r"DataLoader worker \(pid|by peer", str(error))       # another one has ended
         is_memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate", str(error))
-        if not (isinstance(error, kinds) or is_worker or is_memory):
+        if not (isinstance(error, kinds) or is_process or is_memory):
             raise
         *_, line = str(error).strip().split("\n")            # a loader's worker puts its traceback before
         message = re.sub(r"^(data\.)?\w+(Error|Image): ", "", line)
-        message += " (a loader's worker was killed; if for its memory: fewer --workers)" * is_worker
+        message += " (a process failed or was killed; for its memory: fewer --workers)" if is_process else ""
         message = "out of memory: smaller --batch-size, or larger --accum-steps" if is_memory else message
         if not isinstance(error, (OSError, ValueError, RuntimeError, ArithmeticError)):
             message = f"{type(error).__name__}: {message}"
         data.kill_workers()
         if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):      # torchrun's
-            with open(error_file, "w") as file:
+            with contextlib.suppress(OSError), open(error_file, "w") as file:
                 json.dump({"message": f"{program}: {message}", "timestamp": int(time.time())}, file)
         sys.exit(1 if error_file and os.environ.get("LOCAL_RANK", "0") != "0" else f"{program}: {message}")
 
@@ -347,7 +346,7 @@ def main():
                     say(f"published: Acc@1 {row.top1:.3f} Acc@5 {row.top5:.3f}, {row.image_size} pixels")
             loader = data.eval_loader(images, size, crop_ratio=args.crop_ratio, batch_size=args.batch_size,
                                       workers=args.workers, rank=world.rank, world_size=world.world_size)
-    with one_line_errors("evaluate.py", OSError, data.BadImage, torch.OutOfMemoryError):
+    with one_line_errors("evaluate.py", OSError, data.BadImage, FloatingPointError):
         if args.data:
             evaluate_folder(model, loader, device, columns, teacher_model, say)
         elif world.rank == 0:
@@ -357,4 +356,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))   # from here on in order: workers run
     main()

@@ -6,7 +6,6 @@ Section 6 and table 9 of "Training data-efficient image transformers & distillat
 
     torchrun --nproc_per_node 4 train.py --model tiny --distill --data imagenet      four GPUs
     python train.py --model tiny --distill                             no data: the built-in demo, in minutes
-    python train.py --model regnet_y_16gf --recipe convnet --data DIR      a teacher for your own classes
 
 A run is one folder: last.pth (with --resume the same command goes on from it), best.pth (to use), log.jsonl
 (an object per epoch), recipe.json, TensorBoard events.
@@ -61,7 +60,7 @@ def flag(default, help, *allowed):                           # allowed: least an
 class Recipe:
     model: str = flag("tiny", "tiny, small, base or a torchvision RegNet", *deit.SIZES, *teacher.REGNETS)
     distill: str = flag(None, "learn from a teacher as well: hard (equation 3) or soft (2)", "hard", "soft")
-    data: str = flag(None, f"folder with train/, val/, or {', '.join(data.NAMED)} (default imagenet, demo)")
+    data: str = flag("imagenet", f"folder with train/ and val/, or {', '.join(data.NAMED)}")
     teacher: str = flag("official", "the paper's RegNetY-16GF, a torchvision RegNet's name, a file or a URL")
     any_teacher: bool = flag(False, "accept a teacher no better than chance on the validation images")
     init: str = flag(None, "weights to start from: a file, URL or name, such as base, or official (RegNets)")
@@ -84,8 +83,8 @@ class Recipe:
     repeats: int = flag(3, "views of each drawn image in an epoch; 1: no repeated augmentation", 1, 8)
     mixup: float = flag(0.8, "alpha of Beta(alpha, alpha); 0 turns it off", 0, 1e3)
     cutmix: float = flag(1.0, "alpha of Beta(alpha, alpha); 0 turns it off", 0, 1e3)
-    mix_group: int = flag(None, "views that share a lambda; default as officially, base 64, else 256", 1, 1e6)
-    alpha: float = flag(None, "weight of the distillation term; default as in the paper, 0.5, soft 0.1", 0, 1)
+    mix_group: int = flag(256, "views that share a lambda, as officially; base 64", 1, 1e6)
+    alpha: float = flag(0.5, "weight of the distillation term, as in the paper; soft 0.1", 0, 1)
     temperature: float = flag(3.0, "softens both models' logits in soft distillation", 1e-3, 1e3)
     ema: float = flag(0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none", 0, 0.9999999)
     precision: str = flag("auto", "bf16, fp16, fp32; auto: bf16 where a GPU has it", "auto", *AUTOCAST)
@@ -101,19 +100,20 @@ class Recipe:
         for item in fields(self):
             value, kind = getattr(self, item.name), item.type
             allowed = tuple(PRESETS) if item.name == "recipe" else item.metadata["allowed"]
-            is_fine = type(value) is kind and value != ""
-            wanted = f"a {kind.__name__}, not empty (is a variable unset?)"
+            if value is None and item.default is None:
+                continue
             if kind is str and allowed:
                 is_fine, wanted = value in allowed, ", ".join(allowed)
             elif allowed:
                 is_fine = type(value) in (int, kind) and allowed[0] <= value <= allowed[1]
+                is_fine = is_fine and not 0 < value < 1e-30      # as a float32 it could be 0
                 wanted = "from {:g} to {:g}".format(*allowed)
-            if not is_fine and (value is not None or item.default is not None):
+            else:
+                is_fine, wanted = type(value) is kind and value != "", "given, or left out (is it unset?)"
+            if not is_fine:
                 raise ValueError(f"{option(item.name)} {str(value)[:20]!r}: it must be {wanted}")
         if self.model in deit.SIZES and self.image_size % deit.PATCH_SIZE:
             deit.create_model(self.model, image_size=self.image_size)    # raises, with the size to use
-        if 0 < self.mixup < 0.01 or 0 < self.cutmix < 0.01:
-            raise ValueError("--mixup and --cutmix must be 0, or 0.01 or more")
 
 
 def learning_rate(recipe, epoch):
@@ -280,6 +280,7 @@ class Meter:
             recipe = json.dumps(asdict(run.recipe), indent=4)
             self.writer.add_text("recipe", f"```\n{recipe}\n```")
             (run.folder / "recipe.json").write_text(f"{recipe}\n")
+            self.folder = os.open(run.folder, os.O_RDONLY)
         self.bar = tqdm(initial=state["step"], total=run.recipe.epochs * run.sampler.steps, unit="step",
                         smoothing=0, disable=world.rank > 0,     # remaining time by the mean of all steps
                         mininterval=0.1 if sys.stderr.isatty() else 30)      # a log file: a line now and then
@@ -324,8 +325,7 @@ class Meter:
         return int(due)
 
     def exchange(self, epoch, step, lr):
-        """Waits for the device, and shows the mean over ranks since the last look. Raises FloatingPointError
-        on all ranks if a loss, gradient or weight of any is not finite."""
+        """Waits for the device, shows means over ranks. Raises FloatingPointError for what is not finite."""
         run, weights = self.run, nn.utils.get_total_norm(self.run.model.parameters())
         own = torch.cat((self.sums, torch.stack((self.finite_steps, self.norm, weights))))
         ranks = [own.clone() for _ in range(run.world.world_size)]
@@ -380,8 +380,7 @@ class Meter:
 
 
 def atomic_write(path, write):
-    """Writes a file whole or not at all: `write` fills one beside it, which is flushed to the disk and then
-    renamed. Raises OSError that names the file."""
+    """Writes a file whole or not at all: one beside it, flushed to the disk, is renamed. Raises OSError."""
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as file:
@@ -406,6 +405,8 @@ def save(run, meter):
     """Writes last.pth, and before it best.pth if that is waiting. Plain values and tensors only."""
     start, best = time.monotonic(), run.state.pop("best", None)
     if run.world.rank == 0:
+        if not os.fstat(meter.folder).st_nlink:              # and another one of this name is another run's
+            raise OSError(f"{run.folder} was deleted while this run trained in it")
         if best:
             atomic_write(run.folder / "best.pth", lambda file: torch.save(best, file))
         last = weights(run) | {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
@@ -441,11 +442,12 @@ def lock(folder):
 
 
 def find_run(typed, recipe, folder):
-    """(recipe, checkpoint) of the folder's run to go on with; (recipe, None) if it holds none. Raises
-    ValueError for a run that is not to be resumed, by these flags, or by this program."""
+    """(the run's recipe, its checkpoint or None). Raises ValueError if it cannot go on, or not so."""
     path = folder / "last.pth"
     free = ("resume", "output", "data", "teacher", "any_teacher", "workers", "accum_steps", "compile")
     if not path.exists():
+        if (folder / "best.pth").exists():
+            raise ValueError(f"{folder} holds best.pth of a run, but no last.pth to resume: another --output")
         return recipe, None
     if not recipe.resume:
         raise ValueError(f"{folder} holds a run already: --resume goes on with it, another --output starts")
@@ -457,7 +459,7 @@ def find_run(typed, recipe, folder):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         saved = asdict(Recipe(**checkpoint["recipe"]))
     for name, value in typed.items():
-        if name not in free and value not in (saved[name], "auto"):          # auto: as it was chosen then
+        if name not in free and value != saved[name] and (name, value) != ("precision", "auto"):
             raise ValueError(f"{option(name)} {value}, but the run to resume has {saved[name]}: leave it "
                              "out, or start a new run with another --output")
     return Recipe(**saved | {name: typed[name] for name in free if name in typed}), checkpoint
@@ -474,15 +476,15 @@ def restore(run, checkpoint):
             deit.load_strictly(run.ema_model, checkpoint["averaged_model"])
         run.scaler.load_state_dict(checkpoint["scaler"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-        is_stepped = state["step"] and not run.scaler.is_enabled()      # fp16 may have left out all of them
-        for parameter in run.model.parameters() if is_stepped else optimizer.state:
-            shapes = {name: value.shape for name, value in optimizer.state[parameter].items()}
-            if shapes != {"adamw": {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape},
-                          "sgd": {"momentum_buffer": parameter.shape}}[run.recipe.optimizer]:
-                raise ValueError("the state of the optimiser is missing, or of another model")
-        done = state["step"] - len(log) * run.sampler.steps          # of the epoch that comes
-        is_log = all(type(record["top1"]) is float for record in log)
-        if type(done) is not int or not 0 <= done <= run.sampler.steps or not is_log:
+        for parameter in run.model.parameters() if state["step"] else ():
+            shape, moments = parameter.shape, optimizer.state[parameter].items()
+            expected = {"adamw": {"step": (), "exp_avg": shape, "exp_avg_sq": shape},
+                        "sgd": {"momentum_buffer": shape}}[run.recipe.optimizer]
+            if {name: value.shape for name, value in moments if value.isfinite().all()} != expected:
+                raise ValueError("the state of the optimiser is missing, damaged, or of another model")
+        steps_done = state["step"] - len(log) * run.sampler.steps        # of the epoch that the log lacks
+        is_log = len(log) <= run.recipe.epochs and all(0 <= record["top1"] <= 100 for record in log)
+        if type(steps_done) is not int or not 0 <= steps_done <= run.sampler.steps or not is_log:
             raise ValueError("its step and its log contradict each other")
         now = asdict(run.recipe) | {"processes": run.world.world_size}
         before = checkpoint["recipe"] | {"processes": checkpoint["processes"]}
@@ -493,7 +495,7 @@ def restore(run, checkpoint):
 # ---- Presets and flags ----------------------------------------------------------------------------
 
 # Other purposes than ImageNet from scratch: values, and who says so. Rates are for a batch of 512 here: the
-# sources' where they say "before scaling", else converted.
+# sources' where they say "before scaling", else converted. DEMO is what the demo changes, to take minutes.
 PRESETS = {
     "finetune-384": ({"image_size": 384, "epochs": 30, "batch_size": 512, "lr": 5e-6, "min_lr": 5e-6,
                       "weight_decay": 1e-8, "drop_path": 0.0, "ema": 0.99996, "mix_group": 32},
@@ -509,7 +511,6 @@ PRESETS = {
                  "ours, not from the paper: Flowers, Pets or a few thousand images of your own, with --init"),
 } | teacher.PRESETS
 
-# What the built-in demo changes, to take minutes.
 DEMO = {"image_size": 48, "epochs": 10, "batch_size": 32, "lr": 1e-3 * 512 / 32, "warmup_epochs": 0.5}
 
 
@@ -559,8 +560,7 @@ def make_recipe(typed):
 
 
 def settle(recipe, world):
-    """The recipe with a precision that the device has. Raises ValueError for another one, and for a batch
-    that does not divide among processes and parts."""
+    """The recipe with a precision that the device has. Raises ValueError, also for an odd batch."""
     if recipe.precision == "auto":
         has_bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         recipe = replace(recipe, precision="bf16" if has_bf16 else "fp32")
@@ -594,8 +594,7 @@ def build_model(recipe, classes):
 
 
 def build(recipe, world, folder, checkpoint=None):
-    """A Run ready to train, from a checkpoint of the same run if there is one; says what it will be. Raises
-    ValueError or OSError for whatever would stop it later."""
+    """A Run ready to train, from the run's checkpoint if it has one; says what it will be."""
     device, teacher_model, decisions, top1 = world.device, None, None, None
     recipe = settle(recipe, world)
     batch_size = recipe.batch_size // (world.world_size * recipe.accum_steps)
@@ -717,4 +716,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))   # from here on in order: workers run
     main()

@@ -7,6 +7,8 @@ import pickle
 import platform
 import random
 import resource
+import subprocess
+import sys
 import threading
 from functools import lru_cache
 from io import BytesIO
@@ -24,7 +26,7 @@ from torchvision import transforms
 
 import data
 import train
-from conftest import run_main, write_folder
+from conftest import ROOT, run_main, write_folder
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -340,6 +342,20 @@ def test_a_process_keeps_one_of_its_cores_unless_it_has_two_or_less(cores, proce
     assert data.worker_options(None)["num_workers"] == expected
 
 
+def test_workers_run_no_code_that_lies_in_the_current_folder(tmp_path):
+    """Python itself would import these for the fork server, which is started with -c."""
+    for name in ("struct", "selectors", "torchvision"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    (tmp_path / "elsewhere").mkdir()
+    program = tmp_path / "elsewhere" / "main.py"
+    program.write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\nimport torch\nimport data\n"
+                       "if __name__ == '__main__':\n"
+                       "    print(*torch.utils.data.DataLoader([1, 2], **data.worker_options(1)))\n")
+    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "tensor([1])" in done.stdout, done.stderr
+    assert sys.version_info < (3, 11) or not (tmp_path / "executed").exists()
+
+
 def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(monkeypatch):
     """Those that train, and with them half as many that validate, 64 images at a time."""
     needed = 3 * (2 * 8 + 1 * 64) * 3 * 48 * 48 * 4                      # batches of each, views, bytes, processes
@@ -568,10 +584,17 @@ def test_every_image_keeps_its_path_and_its_label(folder):
     assert found == {(str(path), path.relative_to(folder).parts[1]) for path in files}
 
 
-@pytest.mark.parametrize("above", ["..", "."])
-def test_a_link_to_a_folder_above_adds_nothing(above, folder):
-    (folder / "train" / "cat" / "link").symlink_to(above)
+@pytest.mark.parametrize("target", ["..", ".", "../dog", "../.."])
+def test_a_link_to_a_folder_above_or_to_another_class_adds_nothing(target, folder):
+    (folder / "train" / "cat" / "link").symlink_to(target)
     assert len(data.open_split(folder, train=True)) == 48
+
+
+@pytest.mark.parametrize("target", [".", "..", "dog"])
+def test_a_class_folder_that_is_such_a_link_is_refused(target, folder):
+    (folder / "train" / "copy").symlink_to(target)
+    with pytest.raises(ValueError, match="1 class folder.* without images: copy"):
+        data.open_split(folder, train=True)
 
 
 def test_links_to_files_folders_and_the_root_are_followed(folder, tmp_path):

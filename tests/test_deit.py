@@ -343,6 +343,17 @@ def test_what_blocks_a_file_is_named(tmp_path):
         deit.load_model(save(tmp_path, {"model": {}, "when": PurePosixPath("x")}))
 
 
+def test_an_entry_that_torch_would_take_for_a_folder_and_not_read_is_found(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(deit.create_model("tiny", image_size=32, num_classes=3).state_dict(), path)
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02", content.rindex(b"/data/2") - 50)       # in the archive's directory
+    content[entry + 38] ^= 0x10                                                  # its attributes, which no sum covers
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="weights.pth: it is damaged"):
+        deit.load_model(path)
+
+
 def test_a_flipped_byte_is_found(tmp_path):
     path = save(tmp_path, {"model": torch.zeros(1000)})
     content = bytearray(path.read_bytes())

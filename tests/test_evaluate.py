@@ -1,9 +1,11 @@
 """Evaluation against an independent loop, on any number of processes."""
 import json
+import os
 import re
 import shutil
 from itertools import product
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -355,6 +357,32 @@ def test_damaged_weights_are_refused_with_status_1(damage, weights, shared_folde
     damage(shutil.copy(weights, path))
     status, line = refused(capsys, "--weights", path, "--data", shared_folder)
     assert status == 1 and str(path) in line
+
+
+def test_finite_weights_whose_output_is_not_finite_have_no_accuracy(weights, shared_folder, tmp_path, capsys):
+    checkpoint = torch.load(weights, weights_only=True)
+    checkpoint["model"] = {name: 1e30 * tensor for name, tensor in checkpoint["model"].items()}
+    torch.save(checkpoint, tmp_path / "large.pth")
+    assert run_main(evaluate, "--weights", tmp_path / "large.pth", "--data", shared_folder, "--workers", 0) == 1
+    printed = capsys.readouterr()
+    assert printed.err.endswith("evaluate.py: the model's output is not finite: are the weights damaged?\n")
+    assert "Acc@1" not in printed.out
+
+
+@pytest.mark.parametrize("change, message", [({"recipe": {}}, "KeyError: 'image_size'"),
+                                             ({"recipe": {"image_size": "big"}}, "invalid literal for int")])
+def test_a_teacher_file_with_an_edited_recipe_is_named(change, message, shared_folder, tmp_path, capsys):
+    torch.save({"model": teacher.create_regnet("regnet_x_400mf", 3).state_dict()} | change, tmp_path / "regnet.pth")
+    assert f"{tmp_path / 'regnet.pth'}: {message}" in refused(capsys, "--weights", tmp_path / "regnet.pth", "--data",
+                                                              shared_folder)[1]
+
+
+def test_a_file_name_that_is_no_utf8_is_shown(weights, shared_folder, tmp_path):
+    picture = tmp_path / "caf\udce9.jpg"
+    shutil.copy(shared_folder / "val" / "cat" / "0.jpg", picture)
+    with mock.patch.dict(os.environ, PYTHONIOENCODING="utf-8:strict"):
+        done = run_script("evaluate.py", "--weights", weights, "--image", picture)
+    assert "caf\\udce9.jpg" in done.stdout and " %  " in done.stdout
 
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

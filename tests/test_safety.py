@@ -272,6 +272,30 @@ def test_a_run_whose_folder_is_deleted_says_so_in_one_line(shared_folder, tmp_pa
     assert "Traceback" not in printed and "No such file or directory" in printed.splitlines()[-1], printed
 
 
+def test_a_run_whose_folder_is_another_runs_by_now_leaves_it_alone(shared_folder, tmp_path, monkeypatch, capsys):
+    train_epoch, folder = train.train_epoch, tmp_path / "run"
+
+    def replace_folder(*args):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "last.pth").write_text("of another run")
+        train_epoch(*args)
+
+    monkeypatch.setattr(train, "train_epoch", replace_folder)
+    assert run_main(train, *small_run(shared_folder, folder, "--epochs", 1)) == 1
+    assert f"train.py: {folder} was deleted while this run trained in it\n" in capsys.readouterr().err
+    assert (folder / "last.pth").read_text() == "of another run" and not (folder / "best.pth").exists()
+
+
+def test_best_weights_without_a_run_to_resume_are_not_overwritten(finished_run, tmp_path, capsys):
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    shutil.copy(finished_run[0].with_name("best.pth"), folder)
+    flags = [folder if flag == finished_run[0].parent else flag for flag in finished_run[1]]
+    assert run_main(train, *flags) == 1
+    assert f"{folder} holds best.pth of a run, but no last.pth" in capsys.readouterr().err
+
+
 def test_a_full_disk_under_tensorboard_ends_the_run_in_one_line(shared_folder, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -346,6 +370,11 @@ EDITS = {                                                                # what 
     "a preset that there is not": lambda last: {"recipe": last["recipe"] | {"recipe": "none"}},
     "a step that is none": lambda last: {"state": last["state"] | {"step": 3.0}},
     "a step of another epoch": lambda last: {"state": last["state"] | {"step": 100}},
+    "epochs beyond the last": lambda last: {"state": last["state"] | {"step": 6, "log": 2 * last["state"]["log"]}},
+    "an accuracy that is none": lambda last: {"state": last["state"] | {"log": [{"top1": float("nan")}]}},
+    "moments that are no numbers": lambda last: changed_optimizer(last, lambda one: one | {
+        "exp_avg": one["exp_avg"] * float("nan")}),
+    "a value that there always is": lambda last: {"recipe": last["recipe"] | {"mix_group": None}},
     "text for a step": lambda last: {"state": last["state"] | {"step": "3"}},
     "a log without accuracies": lambda last: {"state": last["state"] | {"log": [{"epoch": 0}]}},
     "text for an accuracy": lambda last: {"state": last["state"] | {"log": [{"top1": "high"}]}},
