@@ -60,7 +60,7 @@ def flag(default, help, *allowed):                           # allowed: least an
 class Recipe:
     model: str = flag("tiny", "tiny, small, base or a torchvision RegNet", *deit.SIZES, *teacher.REGNETS)
     distill: str = flag(None, "learn from a teacher as well: hard (equation 3) or soft (2)", "hard", "soft")
-    data: str = flag("imagenet", f"folder with train/ and val/, or {', '.join(data.NAMED)}")
+    data: str = flag("imagenet", f"folder with train/ and val/, or {', '.join(data.NAMED)}; if none, demo")
     teacher: str = flag("official", "the paper's RegNetY-16GF, a torchvision RegNet's name, a file or a URL")
     any_teacher: bool = flag(False, "accept a teacher no better than chance on the validation images")
     init: str = flag(None, "weights to start from: a file, URL or name, such as base, or official (RegNets)")

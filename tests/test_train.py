@@ -512,7 +512,7 @@ def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(sha
     (["--model", "huge"], "--model 'huge': it must be tiny, small, base"),
     (["--modell", "tiny"], "unrecognized arguments: --modell"),
     (["--data", "{data}", "--batch-size", "15", "--accum-steps", "2"], "try 16"),
-    (["--data", "{data}", "--batch-size", "64"], "48 training images are fewer than one batch of 64: --batch-size 32"),
+    (["--data", "{data}", "--batch-size", "64"], "48 training images are fewer than one batch of 64: try --batch-size 4"),
     (["--data", "{data}", "--image-size", "100"], "try 96"),
     (["--data", "{data}", "--distill"], "knows ImageNet's 1000 classes and the data has 3; train one"),
     (["--data", "{data}", "--distill", "--teacher", "{wrong}"], "knows 7 classes and the data has 3; train one"),
@@ -536,10 +536,10 @@ def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(sha
     (["--data", "{data}", "--drop-path", "1"], "--drop-path '1.0': it must be from 0 to 0.99"),
     (["--data", "{data}", "--lr", "nan"], "--lr 'nan': it must be from 0 to 1e+06"),
     (["--data", "{data}", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-    (["--data", ""], "--data '': it must be a str, not empty"),
-    (["--data", "{data}", "--init", ""], "--init '': it must be a str, not empty"),
-    (["--data", "{data}", "--output", ""], "--output '': it must be a str, not empty"),
-    (["--data", "{data}", "--distill", "--teacher", ""], "--teacher '': it must be a str, not empty"),
+    (["--data", ""], "--data '': it must be given, or left out"),
+    (["--data", "{data}", "--init", ""], "--init '': it must be given, or left out"),
+    (["--data", "{data}", "--output", ""], "--output '': it must be given, or left out"),
+    (["--data", "{data}", "--distill", "--teacher", ""], "--teacher '': it must be given, or left out"),
     (["--data", "{data}", "--output", "{text}"], "notes.pth")])
 def test_a_mistake_is_one_line_and_a_status_before_any_work(args, message, shared_folder, tmp_path, monkeypatch,
                                                             capsys):
