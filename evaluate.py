@@ -259,19 +259,19 @@ def local_rank_zero_first(world):
 
 @contextlib.contextmanager
 def one_line_errors(program, *kinds):
-    """An exception of these kinds, or of a killed worker, becomes one line and exit status 1, no traceback.
+    """An exception of these kinds, or of a lost process, becomes one line and exit status 1, no traceback.
     The first process of each machine prints it, and torchrun's summary shows the first of all."""
     try:
         yield
     except Exception as error:
-        is_process = re.search(r"DataLoader worker \(pid|by peer", str(error))       # another one has ended
-        is_memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate", str(error))
-        if not (isinstance(error, kinds) or is_process or is_memory):
+        lost = re.search(r"DataLoader worker \(pid.*|Connection \w+ by peer|out of memory|can't allocate",
+                         str(error)) if isinstance(error, (RuntimeError, ConnectionError)) else None
+        if not (isinstance(error, kinds) or lost):
             raise
         *_, line = str(error).strip().split("\n")            # a loader's worker puts its traceback before
         message = re.sub(r"^(data\.)?\w+(Error|Image): ", "", line)
-        message += " (a process failed or was killed; for its memory: fewer --workers)" if is_process else ""
-        message = "out of memory: smaller --batch-size, or larger --accum-steps" if is_memory else message
+        if lost:                                             # a process, or memory
+            message = f"{lost[0]} (memory short? smaller --batch-size, more --accum-steps, fewer --workers)"
         if not isinstance(error, (OSError, ValueError, RuntimeError, ArithmeticError)):
             message = f"{type(error).__name__}: {message}"
         data.kill_workers()

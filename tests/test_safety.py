@@ -86,8 +86,16 @@ def test_a_killed_loader_worker_is_told_in_one_line(shared_folder, tmp_path, mon
 
     monkeypatch.setattr(train.Meter, "next_batch", next_batch)
     assert run_main(train, *small_run(shared_folder, tmp_path / "run")) == 1
-    assert f"\ntrain.py: {message} (a process failed or was killed" in f"\n{capsys.readouterr().err}"
+    assert f"\ntrain.py: {message} (memory short? " in f"\n{capsys.readouterr().err}"
 
+
+def test_a_rank_whose_peer_fails_has_no_traceback(folder, tmp_path):
+    """The one that met the bad image tells it, and torchrun's summary shows that."""
+    path = folder / "train" / "cat" / "3.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    done = run_script("train.py", *small_run(folder, tmp_path / "run", "--repeats", 1), processes=2, check=False)
+    assert done.returncode != 0 and f"train.py: cannot read image {path}" in done.stderr
+    assert f'File "{ROOT / "train.py"}"' not in done.stderr, done.stderr
 
 @pytest.mark.parametrize("script", ["data.py", "evaluate.py", "teacher.py", "train.py"])
 def test_ctrl_c_while_torch_is_imported_leaves_without_a_word(script):
