@@ -469,7 +469,7 @@ def eval_loader(images, image_size, *, crop_ratio=0.875, batch_size=64, workers=
 def train_loader(images, sampler, image_size, *, workers=0, **augmentation):
     """Batches as TrainBatches gives them, and with its arguments, in the order of the sampler."""
     dataset = TrainBatches(images, image_size, repeats=sampler.repeats, seed=sampler.seed, **augmentation)
-    batch_bytes = 3 * (sampler.batch_size + 32) * image_size**2     # every second worker's 64 to validate
+    batch_bytes = 3 * (sampler.batch_size + 32) * image_size**2     # + 64 by half as many, to validate
     return DataLoader(dataset, sampler=sampler, batch_size=None, **worker_options(workers, batch_bytes))
 
 

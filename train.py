@@ -280,7 +280,7 @@ class Meter:
             recipe = json.dumps(asdict(run.recipe), indent=4)
             self.writer.add_text("recipe", f"```\n{recipe}\n```")
             (run.folder / "recipe.json").write_text(f"{recipe}\n")
-            self.folder = os.open(run.folder, os.O_RDONLY)
+            self.folder_fd = os.open(run.folder, os.O_RDONLY)
         self.bar = tqdm(initial=state["step"], total=run.recipe.epochs * run.sampler.steps, unit="step",
                         smoothing=0, disable=world.rank > 0,     # remaining time by the mean of all steps
                         mininterval=0.1 if sys.stderr.isatty() else 30)      # a log file: a line now and then
@@ -405,7 +405,7 @@ def save(run, meter):
     """Writes last.pth, and before it best.pth if that is waiting. Plain values and tensors only."""
     start, best = time.monotonic(), run.state.pop("best", None)
     if run.world.rank == 0:
-        if not os.fstat(meter.folder).st_nlink:              # and another one of this name is another run's
+        if not os.fstat(meter.folder_fd).st_nlink:           # and another one of this name is another run's
             raise OSError(f"{run.folder} was deleted while this run trained in it")
         if best:
             atomic_write(run.folder / "best.pth", lambda file: torch.save(best, file))
@@ -675,7 +675,7 @@ def build_and_train(recipe, checkpoint, world, folder):
         with deit.naming(folder):
             meter = Meter(run)                               # TensorBoard's first file
     (checkpoint or {}).clear()                               # it is as large as three models
-    with one_line_errors("train.py", OSError, data.BadImage, FloatingPointError, torch.OutOfMemoryError):
+    with one_line_errors("train.py", OSError, data.BadImage, FloatingPointError):
         train(run, meter)
     return run.state["log"]
 
@@ -695,7 +695,7 @@ def main():
             recipe, checkpoint = find_run(typed, recipe, folder)
             settle(recipe, world)                            # raises, before the demo trains a teacher
         if world.rank == 0 and recipe.data == "demo" and "data" not in typed:
-            print("NO --data AND NO ./imagenet HERE: training on the built-in demo", flush=True)
+            print("NO --data AND NO ./imagenet HERE: training on the built-in demo; yours: --data DIR")
         if recipe.distill and recipe.data == "demo" and recipe.teacher == "official":
             values = teacher.DEMO | {
                 name: getattr(recipe, name) for name in ("image_size", "seed", "workers", "precision")}

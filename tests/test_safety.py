@@ -97,6 +97,7 @@ def test_a_rank_whose_peer_fails_has_no_traceback(folder, tmp_path):
     assert done.returncode != 0 and f"train.py: cannot read image {path}" in done.stderr
     assert f'File "{ROOT / "train.py"}"' not in done.stderr, done.stderr
 
+
 @pytest.mark.parametrize("script", ["data.py", "evaluate.py", "teacher.py", "train.py"])
 def test_ctrl_c_while_torch_is_imported_leaves_without_a_word(script):
     process = subprocess.Popen([sys.executable, ROOT / script, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -268,6 +269,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")       # TensorBoard's thread
 def test_a_run_whose_folder_is_deleted_says_so_in_one_line(shared_folder, tmp_path, monkeypatch, capsys):
     end_step = train.Meter.end_step
 
