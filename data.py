@@ -16,6 +16,7 @@ import argparse
 import atexit
 import ctypes
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -23,8 +24,7 @@ import signal
 import sys
 import threading
 from functools import lru_cache, partial
-from multiprocessing import active_children, forkserver, parent_process, set_forkserver_preload
-from multiprocessing.pool import ThreadPool
+from multiprocessing import active_children, forkserver, parent_process, pool, set_forkserver_preload
 from pathlib import Path
 
 if __name__ == "__main__":                                   # from here on Ctrl-C leaves no traceback
@@ -140,10 +140,9 @@ class RepeatedAugSampler(Sampler):
     """Each epoch draws a third of the images and takes three views of each (section 6).
 
     An epoch is a list of views, an image's side by side, cut into steps of one global batch and dealt to the
-    ranks in pieces of `batch_size`. So each step has the same views on any number of processes, and an image
-    is decoded once. (The official sampler sends its views to different ranks, and without torchrun silently
-    repeats nothing.) ImageNet at 1024: 1,251 steps, 427,008 images. Yields this rank's batches from step
-    `first_step` on, as (epoch, position of the first view in it, image indices). Raises ValueError."""
+    ranks in pieces of `batch_size`: each step has the same views on any number of processes, and an image is
+    decoded once (officially its views are on different ranks). Yields this rank's batches from `first_step`
+    on, as (epoch, position of the first view in it, image indices). Raises ValueError."""
 
     def __init__(self, size, rank=0, world_size=1, *, batch_size=1, accum_steps=1, repeats=3, epochs=1,
                  first_step=0, seed=0):
@@ -342,8 +341,7 @@ class Folder(Dataset):
         return read_rgb(self.path(index)), int(self.labels[index])
 
 
-def near(t):
-    """Distance of each number to the nearest integer, 0 to 1/2."""
+def near(t):                                                        # distance to the nearest integer
     return np.abs(t - np.round(t))
 
 
@@ -424,17 +422,15 @@ def open_dataset(data):
     """(training images, validation images), of the same two or more classes. Raises ValueError else."""
     train, val = open_split(data, train=True), open_split(data, train=False)
     if only := sorted(set(train.classes) ^ set(val.classes)):
-        raise ValueError(f"train/ and val/ of {data} have different classes, {len(only)} are in one of them "
-                         f"only ({', '.join(only[:5])}): make them the same")
+        raise ValueError(f"{len(only)} class(es) of {data} are in train/ or val/ only: {', '.join(only[:5])}")
     if len(train.classes) < 2:
         raise ValueError(f"{data} has one class only ({train.classes[0]}): give each class a folder")
     return train, val
 
 
-def describe_ignored(*splits):
+def describe_ignored(images):
     """", 3 other file(s) ignored", or nothing."""
-    ignored = sum(getattr(images, "ignored", 0) for images in splits)
-    return f", {ignored} other file(s) ignored" if ignored else ""
+    return f", {images.ignored} other file(s) ignored" if getattr(images, "ignored", 0) else ""
 
 
 def fingerprint(*splits):
@@ -473,50 +469,62 @@ def train_loader(images, sampler, image_size, *, workers=0, **augmentation):
     return DataLoader(dataset, sampler=sampler, batch_size=None, **worker_options(workers, batch_bytes))
 
 
-def contact_sheet(images, image_size, *, rows=8, seed=0):
+def contact_sheet(images, image_size, *, rows=8, seed=0, mixup=0.8, cutmix=1.0, **augmentation):
     """A Pillow image, a row per picture: evaluation view, three training views, the first mixed both ways."""
     shown = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
     evaluation = torch.stack([EvalImages(images, image_size)[index][0] for index in shown])
-    pixels, labels, _, boxes = TrainBatches(images, image_size, seed=seed)[0, 0, np.repeat(shown, 3).tolist()]
-    views = erase(normalize(pixels), boxes)
-    torch.manual_seed(seed)
-    mixed = [mix(views, labels, len(images.classes), num_mixes=len(views), **only)[0][::3]
-             for only in ({"cutmix": 0}, {"mixup": 0})]
-    columns = [normalize(evaluation), views[::3], views[1::3], views[2::3], *mixed]
-    titles = [f"evaluation, {image_size} px", "view 1", "view 2", "view 3", "mixup", "CutMix"]
-    return draw_grid(columns, titles, [images.classes[label] for label in labels[::3]])
+    batches, number = TrainBatches(images, image_size, seed=seed, **augmentation), 3 * len(shown)
+    pixels, labels, _, boxes = batches[0, 0, np.repeat(shown, 3).tolist()]
+    views, names = erase(normalize(pixels), boxes), [images.classes[label] for label in labels]
+    columns = {f"evaluation, {image_size} px": (normalize(evaluation), None)}
+    columns |= {f"view {view + 1}": (views[view::3], None) for view in range(3)}
+    for title, off in (("mixup", "cutmix"), ("CutMix", "mixup")):
+        torch.manual_seed(seed)                                     # below every view is a class of its own
+        mixed, shares = mix(views, torch.arange(number), number, num_mixes=number,
+                            **{"mixup": mixup, "cutmix": cutmix, off: 0})
+        columns[title] = mixed[::3], [f"{own:.2f} + {1 - own:.2f} {names[other]}" for own, other in zip(
+            shares.diag()[::3], partners(number, 0, 3)[::3])]
+    return draw_grid(columns, names[::3])
 
 
-def draw_grid(columns, titles, names):
-    """Columns of normalised images (rows, 3, S, S) as one picture, titles above and names at the left."""
-    font = ImageFont.load_default(13)
-    cell, gap, margin = max(150, columns[0].shape[-1]), 6, 16 + round(max(104, *map(font.getlength, names)))
+def draw_grid(columns, names):
+    """{title: (normalised images (rows, 3, S, S), captions or None)} as one picture, names at the left."""
+    font, gap, cell = ImageFont.load_default(12), 6, max(150, next(iter(columns.values()))[0].shape[-1])
+    margin = 16 + round(max(104, *map(font.getlength, "\n".join(names).split("\n"))))
     sheet = Image.new("RGB", (margin + len(columns) * (cell + gap), 24 + len(names) * (cell + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(names):
-        draw.text((margin - 8, 24 + row * (cell + gap) + cell // 2), name, "black", font, anchor="rm")
-    for column, (images, title) in enumerate(zip(columns, titles)):
+        draw.text((margin - 8, 24 + row * (cell + gap) + cell // 2), name, "black", font, "rm", align="right")
+    for column, (title, (images, captions)) in enumerate(columns.items()):
         left = margin + column * (cell + gap)
         draw.text((left + cell // 2, 12), title, "black", font, anchor="mm")
-        for row, image in enumerate(images):
-            picture = transforms.functional.to_pil_image(denormalize(image))
-            sheet.paste(picture.resize((cell, cell), Image.NEAREST), (left, 24 + row * (cell + gap)))
+        for row, (image, caption) in enumerate(zip(images, captions or [""] * len(names))):
+            top, picture = 24 + row * (cell + gap), transforms.functional.to_pil_image(denormalize(image))
+            sheet.paste(picture.resize((cell, cell), Image.NEAREST), (left, top))
+            draw.text((left + 4, top + cell - 5), caption, "white", font, "ls", stroke_width=2, stroke_fill=0)
     return sheet
 
 
-def check(images, name):
-    """Opens every image; prints the bad ones and returns their number."""
-    def problem(index):
+def check(images, name, image_size):
+    """Opens every image; prints their sizes and the bad ones; returns the number of these."""
+    def look(index):
         try:
-            images[index]
+            image, label = images[index]
+            return label, min(image.size), None
         except Exception as error:
-            return str(error) or repr(error)
+            return -1, 0, str(error) or repr(error)
 
-    with ThreadPool(usable_cpus()) as pool:                         # Pillow decodes outside Python's lock
-        reasons = pool.imap(problem, range(len(images)), chunksize=64)
-        bad = [reason for reason in tqdm(reasons, f"check {name}", len(images), unit="image") if reason]
-    print(f"{name}: {len(images)} images, {len(images.classes)} classes{describe_ignored(images)}, "
-          f"{len(bad)} unreadable", *bad, sep="\n  ")
+    with pool.ThreadPool(usable_cpus()) as threads:                 # Pillow decodes outside Python's lock
+        seen = threads.imap(look, range(len(images)), chunksize=64)
+        labels, sides, errors = zip(*tqdm(seen, f"check {name}", len(images), unit="image"))
+    bad, labels, sides = list(filter(None, errors)), np.array(labels), np.array(sides)
+    counts, sides = np.bincount(labels[labels >= 0], minlength=len(images.classes)), sides[labels >= 0]
+    print(f"{name}: {len(images)} images, {len(images.classes)} classes of {min(counts)} to {max(counts)}"
+          f"{describe_ignored(images)}, {len(bad)} unreadable")
+    if len(sides):
+        print(f"{name}: short sides from {min(sides)} pixels on, half of them up to {np.median(sides):.0f}; "
+              f"{sum(sides < image_size)} images are smaller than the model's {image_size}")
+    print("".join(f"  {reason}\n" for reason in bad), end="")
     return len(bad)
 
 
@@ -525,16 +533,20 @@ def main():
     parser.error = lambda message: parser.exit(2, f"data.py: {message} (--help lists the flags)\n")
     parser.add_argument("data", metavar="DIR", help=f"folder with train/ and val/, or {', '.join(NAMED)}")
     parser.add_argument("--check", action="store_true", help="open every image, list the unreadable")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels of a view (default 224)")
+    parser.add_argument("--image-size", type=int, help="pixels of a view (default 224)")
+    parser.add_argument("--recipe", metavar="FILE", help="the recipe.json of a run, to draw what it sees")
     parser.add_argument("--output", default="contact_sheet.png", help="a PNG; default contact_sheet.png")
     args = parser.parse_args()
     try:
-        if not 0 < args.image_size <= 4096:
-            raise ValueError(f"--image-size {args.image_size}: it must be from 1 to 4096")
+        recipe = json.loads(Path(args.recipe).read_text()) if args.recipe else {"image_size": 224}
+        size = args.image_size if args.image_size is not None else recipe["image_size"]
+        if not 0 < size <= 4096:
+            raise ValueError(f"--image-size {size}: it must be from 1 to 4096")
         train, val = open_dataset(args.data)
         if args.check:
-            sys.exit(1 if check(train, "train") + check(val, "val") else 0)
-        contact_sheet(train, args.image_size).save(args.output, format="PNG")
+            sys.exit(1 if check(train, "train", size) + check(val, "val", size) else 0)
+        drawn = recipe.keys() & {"seed", "rand_augment", "erasing", "mixup", "cutmix"}
+        contact_sheet(train, size, **{name: recipe[name] for name in drawn}).save(args.output, format="PNG")
     except Exception as error:                                      # a folder, an image, a flag: a user's
         sys.exit(f"data.py: {error}")
     print(f"{args.output}: some of {len(train)} training images, {len(train.classes)} classes")
@@ -603,8 +615,7 @@ def keep_freed_memory():
 def slide(image, slope, offset, down=False):
     """Shears and moves along the rows: output pixel (x, y) samples the input at (x + slope y + offset, y);
     with `down` along the columns, at (x, y + slope x + offset). The pixels of Pillow's transform(AFFINE,
-    BICUBIC) in half its time, as a row needs no other row: a cubic with a = -1 in doubles, at pixel centres;
-    edge pixels repeat, and outside is FILL. A pixel is a word of four bytes: red, green, blue, one unused."""
+    BICUBIC) in half its time: a cubic (a = -1) in doubles at pixel centres, edges repeated, FILL outside."""
     if down:
         return slide(image.transpose(Image.TRANSPOSE), slope, offset).transpose(Image.TRANSPOSE)
     (width, height), fill = image.size, np.array([*FILL, 255], np.uint8).view(np.uint32)

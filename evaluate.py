@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
 import os
 import re
 import signal
@@ -20,7 +21,6 @@ import sys
 import time
 from collections import namedtuple
 from datetime import timedelta
-from typing import NamedTuple
 
 if __name__ == "__main__":                                   # from here on Ctrl-C leaves no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -39,13 +39,9 @@ BATCH_SIZE = 64
 TIMEOUT = timedelta(minutes=30)                              # how long a process waits for the others
 
 
-class Score(NamedTuple):
-    """Sums over images, whole numbers but for the loss; `agreed`: decisions that are also the teacher's."""
-    images: float
-    correct1: float
-    correct5: float
-    loss_sum: float
-    agreed: float
+class Score(namedtuple("Score", "images correct1 correct5 loss_sum agreed decisions")):
+    """Sums over all processes' images, whole numbers but for the loss (`agreed`: decisions that are also the
+    teacher's), and the `decisions` themselves (N,), on this process's images in order."""
     # In %; the paper's table 4 has 100 - agreement. The loss is a mean over images (officially over batches).
     top1 = property(lambda self: 100 * self.correct1 / self.images)
     top5 = property(lambda self: 100 * self.correct5 / self.images)
@@ -53,14 +49,12 @@ class Score(NamedTuple):
     loss = property(lambda self: self.loss_sum / self.images)
 
 
-def count(logits, labels, teacher_decisions=None):
-    """The sums of a Score for logits (B, K), in float64: exact for counts below 2^53."""
+def judge(logits, labels):
+    """Rows (4, B) of logits (B, K): decision, is it right, is one of the first five, loss; in float64."""
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices                     # (B, 5), best first
     hits = top == labels[:, None]
-    agreed = torch.zeros_like(labels) if teacher_decisions is None else top[:, 0] == teacher_decisions
     losses = F.cross_entropy(logits.float(), labels, reduction="none")
-    columns = torch.ones_like(labels), hits[:, 0], hits.sum(dim=1), losses, agreed
-    return torch.stack([column.double().sum() for column in columns])
+    return torch.stack([row.double() for row in (top[:, 0], hits[:, 0], hits.any(dim=1), losses)])
 
 
 def predict(model, images):
@@ -72,44 +66,47 @@ def predict(model, images):
 
 
 @torch.no_grad()
-def predictions(model, loader, device, columns=None, progress=False):
-    """Yields ({head: logits}, labels) of each batch of data.eval_loader, in training as in this script:
-    filled up to one size, on which a matrix product may depend; uncompiled models, cuDNN without timing."""
+def evaluate(model, loader, device, *, columns=None, teacher_score=None, progress=False):
+    """{head: Score} over the images of all processes; `mean` is the model's own output. `columns` gives the
+    model's class for each of the data's, if these are fewer or in another order: it chooses among them. In
+    training as in this script: batches filled up to one size, nothing compiled, cuDNN without timing."""
     was_training, benchmark = model.training, torch.backends.cudnn.benchmark
     model.eval()
     torch.backends.cudnn.benchmark = False
+    names = ("class", "distillation", "mean") if getattr(model, "distilled", False) else ("mean",)
+    rows = {name: [torch.zeros(4, 0, dtype=torch.float64, device=device)] for name in names}
     for pixels, labels in tqdm(loader, desc="evaluate", unit="batch", disable=not progress, leave=False):
-        images = data.normalize(pixels.to(device, non_blocking=True))
-        images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, loader.batch_size - len(images)))
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (pixels, labels))
+        images = F.pad(data.normalize(images), (0, 0, 0, 0, 0, 0, 0, loader.batch_size - len(images)))
         with torch.compiler.set_stance("force_eager"):
             heads = predict(model, images)
-        keep = slice(None) if columns is None else columns
-        yield ({head: logits[: len(labels), keep] for head, logits in heads.items()},
-               labels.to(device, non_blocking=True))
+        for name, logits in heads.items():
+            logits = logits[: len(labels)] if columns is None else logits[: len(labels), columns]
+            rows[name].append(judge(logits, labels))
     model.train(was_training)
     torch.backends.cudnn.benchmark = benchmark
+    scores = {}
+    for name, parts in rows.items():
+        decisions, *counted = torch.cat(parts, dim=1)                             # four of (N,)
+        agreed = decisions == (teacher_score.decisions if teacher_score else math.nan)
+        sums = torch.stack([row.double().sum() for row in (torch.ones_like(decisions), *counted, agreed)])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        scores[name] = Score(*sums.tolist(), decisions)
+    return scores
 
 
-def decide(model, loader, device, columns=None):
-    """(the model's classes, the labels) of this process's images, in the loader's order."""
-    pairs = [torch.zeros(2, 0, dtype=torch.int64, device=device)]                 # a rank may have no image
-    for heads, labels in predictions(model, loader, device, columns):
-        pairs.append(torch.stack([heads["mean"].argmax(dim=1), labels]))
-    return torch.cat(pairs, dim=1).unbind()
-
-
-def evaluate(model, loader, device, *, columns=None, teacher_decisions=None, progress=False):
-    """{head: Score} over the images of all processes; `mean` is the model's own output. `columns` gives the
-    model's class for each of the data's, if these are fewer or in another order: it chooses among them.
-    `teacher_decisions` are a teacher's, from `decide`."""
-    names = ("class", "distillation", "mean") if getattr(model, "distilled", False) else ("mean",)
-    sums = torch.zeros(len(names), len(Score._fields), dtype=torch.float64, device=device)
-    theirs = [None] * len(loader) if teacher_decisions is None else teacher_decisions.split(loader.batch_size)
-    for (heads, labels), decisions in zip(predictions(model, loader, device, columns, progress), theirs):
-        sums += torch.stack([count(heads[name], labels, decisions) for name in names])
+def agreement_table(scores):
+    """The lines of table 4 (there 100 - agreement): in %, on how many images each two of `scores` agree."""
+    votes = torch.stack([score.decisions for score in scores.values()])           # (V, N)
+    alike = (votes[:, None] == votes).double().sum(dim=2)                         # (V, V)
     if dist.is_initialized():
-        dist.all_reduce(sums)
-    return {name: Score(*row) for name, row in zip(names, sums.tolist())}
+        dist.all_reduce(alike)
+    lines = ["".join(f"{name:>14}" for name in ("agreement, %", "labels", *scores))]
+    for (name, score), row in zip(scores.items(), alike.tolist()):
+        shares = score.top1, *(100 * count / score.images for count in row)
+        lines.append(f"{name:>14}" + "".join(f"{share:14.3f}" for share in shares))
+    return lines
 
 
 # ---- Weights and classes --------------------------------------------------------------------------
@@ -151,16 +148,17 @@ def class_indices(folders, model, reference=None):
     return None
 
 
-def evaluate_folder(model, loader, device, columns, teacher_model, say):
+def evaluate_folder(model, columns, teacher_model, teacher_columns, loader, device, say):
     """Evaluates and says how it went: a line per head, and the model's own output last."""
-    theirs = decide(teacher_model.to(device), loader, device, columns)[0] if teacher_model else None
-    scores = evaluate(model, loader, device, columns=columns, teacher_decisions=theirs, progress=say is print)
-    if not torch.tensor(scores["mean"].loss).isfinite():
+    scores = evaluate(model, loader, device, columns=columns, progress=say is print)
+    if not math.isfinite(scores["mean"].loss):
         raise FloatingPointError("the model's output is not finite: are the weights damaged?")
-    for head, score in scores.items() if len(scores) > 1 or teacher_model else ():
-        agreement = f" agreement with the teacher {score.agreement:.3f}" if teacher_model else ""
-        head = head if len(scores) > 1 else "model"
-        say(f"{head:<13} Acc@1 {score.top1:.3f} Acc@5 {score.top5:.3f} loss {score.loss:.3f}{agreement}")
+    if teacher_model:
+        theirs = evaluate(teacher_model, loader, device, columns=teacher_columns, progress=say is print)
+        voters = scores if len(scores) > 1 else {"model": scores["mean"]}
+        say("\n".join(agreement_table({"teacher": theirs["mean"], **voters})))
+    for name, score in scores.items() if len(scores) > 1 else ():
+        say(f"{name:<13} Acc@1 {score.top1:.3f} Acc@5 {score.top5:.3f} loss {score.loss:.3f}")
     say("* Acc@1 {0.top1:.3f} Acc@5 {0.top5:.3f} loss {0.loss:.3f}".format(scores["mean"]))
 
 
@@ -175,42 +173,41 @@ def class_names(model):
 
 
 def attention_columns(model, images):
-    """{title: pictures}: where the tokens of normalised images (B, 3, S, S) attend to, mean over heads: in
-    the last block; by rollout (Abnar and Zuidema, 2020), through all, half of each output being its input."""
+    """{title: (pictures, captions)}: where the tokens of normalised images (B, 3, S, S) attend to, mean over
+    heads, in the last block, and through all by rollout (Abnar and Zuidema, 2020: half of an output is its
+    input). Grey turns yellow from the least attended patch to the most, whose share is the caption."""
     maps = model.attention_maps(images).mean(dim=2)                               # (B, depth, N, N)
     rollout = identity = torch.eye(maps.shape[-1], device=images.device)
     for attention in maps.unbind(dim=1):
         rollout = (attention + identity) / 2 @ rollout
-    columns = {"picture": images}
+    grey, yellow = data.denormalize(images).mean(dim=1, keepdim=True), torch.tensor([1.0, 0.85, 0.0])
+    columns = {"picture": (images, None)}
     for position, token in enumerate(("class", "distillation")[: len(model.tokens)]):
         for name, attention in (("last block", maps[:, -1]), ("rollout", rollout)):
-            columns[f"{token}, {name}"] = highlight(images, attention[:, position, len(model.tokens):])
+            patches = attention[:, position, len(model.tokens):]                  # (B, patches)
+            least, most = patches.aminmax(dim=1, keepdim=True)
+            weight = 0.8 * (patches - least) / (most - least).clamp(min=1e-12)
+            weight = weight.unflatten(1, (1, -1, images.shape[-1] // deit.PATCH_SIZE))
+            weight = F.interpolate(weight, size=images.shape[-2:], mode="bilinear")        # (B, 1, S, S)
+            pictures = data.normalize(255 * ((1 - weight) * grey + weight * yellow.to(images).view(3, 1, 1)))
+            columns[f"{token}, {name}"] = pictures, [f"to {share:.1%}" for share in most[:, 0]]
     return columns
-
-
-def highlight(images, patches):
-    """The images in grey, yellow by the attention (B, patches): none for the least, 0.8 for the most."""
-    side, (least, most) = round(patches.shape[1] ** 0.5), patches.aminmax(dim=1, keepdim=True)
-    weight = ((patches - least) / (most - least).clamp(min=1e-12)).unflatten(1, (1, side, side))
-    weight = 0.8 * F.interpolate(weight, size=images.shape[-2:], mode="bilinear")  # (B, 1, S, S)
-    grey = data.denormalize(images).mean(dim=1, keepdim=True)
-    yellow = torch.tensor([1.0, 0.85, 0.0], device=images.device).view(3, 1, 1)
-    return data.normalize(255 * ((1 - weight) * grey + weight * yellow))
 
 
 @torch.no_grad()
 def describe_pictures(model, paths, device, crop_ratio, attention=None):
     """Prints the five likeliest classes of each picture; draws the figure if `attention` is a path for it."""
     transform, names = data.eval_transform(model.image_size, crop_ratio=crop_ratio), class_names(model)
-    images = data.normalize(torch.stack([transform(data.read_rgb(path)) for path in paths]).to(device))
+    images, rows = torch.stack([transform(data.read_rgb(path)) for path in paths]), []
+    images = data.normalize(images.to(device))
     for path, probabilities in zip(paths, predict(model, images)["mean"].softmax(dim=1)):
-        print(path)
-        for value, label in zip(*probabilities.topk(min(5, len(names)))):
-            print(f"  {100 * value:6.2f} %  {names[label]}")
+        values, labels = probabilities.topk(min(5, len(names)))
+        shown = [f"{100 * value:6.2f} %  {names[label]}" for value, label in zip(values, labels)]
+        print(path, *shown, sep="\n  ")
+        rows.append(f"{os.path.basename(path)}\n{shown[0].strip()}")
     if attention:
-        titles, columns = zip(*attention_columns(model, images).items())
-        data.draw_grid(columns, titles, list(map(os.path.basename, paths))).save(attention, format="PNG")
-        print(f"{attention}: what the model's tokens attend to")
+        data.draw_grid(attention_columns(model, images), rows).save(attention, format="PNG")
+        print(f"{attention}: what the tokens attend to; the caption is the share of the yellowest patch")
 
 
 # ---- Processes, mistakes, command line ------------------------------------------------------------
@@ -287,14 +284,6 @@ class OneLineParser(argparse.ArgumentParser):
                   if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
-def bounded(kind, low, high):                                # an int or float from a flag
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text[:20]}: it must be from {low:g} to {high:g}")
-        return kind(text)
-    return number
-
-
 def parse_flags():
     parser = OneLineParser(description="Accuracy of a checkpoint or classes of pictures.", allow_abbrev=False)
     add = parser.add_argument
@@ -303,13 +292,17 @@ def parse_flags():
     add("--image", nargs="+", metavar="FILE", help="pictures to name, in place of --data")
     add("--attention", metavar="PNG", help="with --image: draw what the model's tokens attend to")
     add("--reference", metavar="DIR", help="a whole ImageNet train/ or val/, to name the classes of a part")
-    add("--teacher", metavar="T", help="with --data: how often each head decides as this RegNet (table 4)")
-    add("--batch-size", type=bounded(int, 1, 2**16), default=BATCH_SIZE, help="per process (default 64)")
-    add("--image-size", type=bounded(int, 1, 4096), help="evaluate at another size than the file's (pixels)")
-    add("--crop-ratio", type=bounded(float, 0.1, 1), default=0.875, help="share that is kept (default 0.875)")
+    add("--teacher", metavar="T", help="with --data: agreement with this teacher, or any model (table 4)")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="per process (default 64)")
+    add("--image-size", type=int, help="evaluate at another size than the file's (pixels)")
+    add("--crop-ratio", type=float, default=0.875, help="share that is kept (default 0.875)")
     add("--ema", action="store_true", help="the averaged weights of a training checkpoint")
-    add("--workers", type=bounded(int, 0, 256), help="loader processes (default by its share of CPUs)")
+    add("--workers", type=int, help="loader processes (default by its share of CPUs)")
     args = parser.parse_args()
+    limits = {"batch_size": (1, 2**16), "image_size": (1, 4096), "crop_ratio": (0.1, 1), "workers": (0, 256)}
+    for name, (low, high) in limits.items():
+        if (value := getattr(args, name)) is not None and not low <= value <= high:
+            parser.error(f"--{name} {value}: it must be from {low:g} to {high:g}".replace("_", "-"))
     if "" in (*vars(args).values(), *(args.image or ())):
         parser.error("the value of a flag is empty (an unset variable?): give it, or leave the flag out")
     if bool(args.data) == bool(args.image):
@@ -327,13 +320,15 @@ def main():
         with local_rank_zero_first(world):                   # it may download the weights or the data
             model = load_any(args.weights, image_size=args.image_size, ema=args.ema).to(device)
             images = data.open_split(args.data, train=False) if args.data else None
-            teacher_model = args.teacher and teacher.load_teacher(
-                args.teacher, model.num_classes, model.classes)
+            teacher_model = args.teacher and teacher.freeze(
+                load_any(args.teacher, image_size=model.image_size)).to(device)
         if args.attention and not isinstance(model, deit.DeiT):
             raise ValueError("--attention needs a DeiT: a convnet has no attention to show")
         if args.data:
             size, parameters = model.image_size, sum(parameter.numel() for parameter in model.parameters())
             columns = class_indices(images.classes, model, args.reference)
+            with deit.naming(args.teacher):
+                theirs = teacher_model and class_indices(images.classes, teacher_model, args.reference)
             say(f"{args.weights}: {parameters:,} parameters, {model.num_classes} classes, image size {size}")
             say(f"{args.data}: {len(images):,} images{data.describe_ignored(images)}; short side to "
                 f"{data.short_side(size, args.crop_ratio)}, bicubic, centre {size} x {size}")
@@ -348,7 +343,7 @@ def main():
                                       workers=args.workers, rank=world.rank, world_size=world.world_size)
     with one_line_errors("evaluate.py", OSError, data.BadImage, FloatingPointError):
         if args.data:
-            evaluate_folder(model, loader, device, columns, teacher_model, say)
+            evaluate_folder(model, columns, teacher_model, theirs, loader, device, say)
         elif world.rank == 0:
             describe_pictures(model, args.image, device, args.crop_ratio, args.attention)
     if dist.is_initialized():

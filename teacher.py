@@ -22,7 +22,6 @@ if __name__ == "__main__":                                   # from here on Ctrl
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
@@ -90,19 +89,14 @@ def load_teacher(source="official", num_classes=1000, classes=None):
     return freeze(model)
 
 
-def check_top1(decisions, labels, num_classes, source, any_teacher=False):
-    """The teacher's top-1 in %, of all processes. Raises ValueError, unless `any_teacher`, if it is less than
-    three standard deviations above chance."""
-    counts = torch.stack(((decisions == labels).sum(), torch.tensor(len(labels), device=labels.device)))
-    if dist.is_initialized():
-        dist.all_reduce(counts)
-    correct, images = counts.tolist()
-    expected, deviation = images / num_classes, (images * (num_classes - 1)) ** 0.5 / num_classes
-    if not any_teacher and correct <= expected + 3 * deviation and correct < images:
-        raise ValueError(f"teacher {source} gets {correct} of {images} validation images right, which could "
-                         "be chance: its classes are others, or in another order, or it was trained at "
-                         "another size, or not enough; --any-teacher to go on")
-    return 100 * correct / images
+def check_top1(score, num_classes, source, any_teacher=False):
+    """Raises ValueError, unless `any_teacher`, for a Score less than three deviations above chance."""
+    expected = score.images / num_classes
+    deviation = (score.images * (num_classes - 1)) ** 0.5 / num_classes
+    if not any_teacher and score.correct1 <= expected + 3 * deviation and score.correct1 < score.images:
+        raise ValueError(f"teacher {source} gets {score.correct1:.0f} of {score.images:.0f} validation "
+                         "images right, which could be chance: its classes are others, or in another order, "
+                         "or it was trained at another size, or not enough; --any-teacher to go on")
 
 
 def create_regnet(name, num_classes=1000):

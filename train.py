@@ -42,7 +42,7 @@ import data
 import deit
 import distill
 import teacher
-from evaluate import (BATCH_SIZE, OneLineParser, decide, evaluate, init_processes, local_rank_zero_first,
+from evaluate import (BATCH_SIZE, OneLineParser, evaluate, init_processes, local_rank_zero_first,
                       one_line_errors)
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -87,7 +87,7 @@ class Recipe:
     alpha: float = flag(0.5, "weight of the distillation term, as in the paper; soft 0.1", 0, 1)
     temperature: float = flag(3.0, "softens both models' logits in soft distillation", 1e-3, 1e3)
     ema: float = flag(0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none", 0, 0.9999999)
-    precision: str = flag("auto", "bf16, fp16, fp32; auto: bf16 where a GPU has it", "auto", *AUTOCAST)
+    precision: str = flag("auto", "fp32, fp16, bf16 (AMX CPUs too), auto (GPUs: bf16)", "auto", *AUTOCAST)
     compile: bool = flag(False, "torch.compile the model and the teacher")
     workers: int = flag(None, "loader processes per process; default by its share of the CPUs", 0, 256)
     seed: int = flag(0, "everything random follows from it", 0, 2**63 - 1)
@@ -138,10 +138,10 @@ def parameter_groups(model, weight_decay):
 # ---- The loop -------------------------------------------------------------------------------------
 
 
-# All that a run consists of. ddp_model is the model itself where there is one process only; ema_model and
-# teacher may be None; state is what changes: step, log, epoch_sums.
+# All that a run consists of. ddp_model is the model itself where there is one process only; ema_model,
+# teacher and its score may be None; state is what changes: step, log, epoch_sums.
 Run = namedtuple("Run", "recipe world folder classes model ddp_model ema_model optimizer scaler teacher "
-                 "teacher_decisions sampler loader val_loader state")
+                 "teacher_score sampler loader val_loader state")
 
 
 def compute_losses(model, teacher_model, images, targets, recipe):
@@ -213,7 +213,7 @@ def validate(run):
     for prefix, model in models.items():
         for buffer in model.buffers() if run.world.world_size > 1 else ():
             dist.broadcast(buffer, 0)                        # batch statistics are the first rank's
-        scores = evaluate(model, run.val_loader, run.world.device, teacher_decisions=run.teacher_decisions)
+        scores = evaluate(model, run.val_loader, run.world.device, teacher_score=run.teacher_score)
         for head, score in scores.items():
             head = "" if head == "mean" else f"{head}_"
             record |= {f"{prefix}{head}{name}": getattr(score, name) for name in names}
@@ -595,7 +595,7 @@ def build_model(recipe, classes):
 
 def build(recipe, world, folder, checkpoint=None):
     """A Run ready to train, from the run's checkpoint if it has one; says what it will be."""
-    device, teacher_model, decisions, top1 = world.device, None, None, None
+    device, teacher_model, teacher_score = world.device, None, None
     recipe = settle(recipe, world)
     batch_size = recipe.batch_size // (world.world_size * recipe.accum_steps)
     with local_rank_zero_first(world):                       # it may download data, --init or the teacher
@@ -616,8 +616,8 @@ def build(recipe, world, folder, checkpoint=None):
     val_loader = data.eval_loader(val_images, recipe.image_size, batch_size=BATCH_SIZE, rank=world.rank,
                                   world_size=world.world_size, workers=(loader.num_workers + 1) // 2)
     if teacher_model:
-        decisions, labels = decide(teacher_model, val_loader, device)
-        top1 = teacher.check_top1(decisions, labels, len(classes), recipe.teacher, recipe.any_teacher)
+        teacher_score = evaluate(teacher_model, val_loader, device)["mean"]
+        teacher.check_top1(teacher_score, len(classes), recipe.teacher, recipe.any_teacher)
         teacher_model.to(AUTOCAST[recipe.precision])         # once, and not in every step
     ema_model = copy.deepcopy(model).requires_grad_(False) if recipe.ema else None
     for module in filter(None, (model, teacher_model)) if recipe.compile else ():
@@ -629,14 +629,14 @@ def build(recipe, world, folder, checkpoint=None):
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, fused=not is_fp16)
     scaler = torch.amp.GradScaler(device.type, enabled=is_fp16)
     run = Run(recipe, world, folder, classes, model, ddp_model, ema_model, optimizer, scaler, teacher_model,
-              decisions, sampler, loader, val_loader, state)
+              teacher_score, sampler, loader, val_loader, state)
     changes = restore(run, checkpoint) if checkpoint else []
     if world.rank == 0:
-        print(summary(run, top1, changes), flush=True)
+        print(summary(run, changes), flush=True)
     return run
 
 
-def summary(run, teacher_top1, changes):
+def summary(run, changes):
     """What is about to happen, in a few lines to check before leaving it alone."""
     recipe, sampler, images, paper = run.recipe, run.sampler, run.loader.dataset.images, asdict(Recipe())
     changed = {name: value for name, value in asdict(recipe).items() if value != paper[name] and (
@@ -658,7 +658,7 @@ def summary(run, teacher_top1, changes):
         "mixing": is_unmixed and f"none: it needs {2 * recipe.repeats} views at a time",
         "model": f"{recipe.model}{' distilled' * bool(recipe.distill)}, {recipe.image_size} pixels, "
                  f"{sum(p.numel() for p in run.model.parameters()):,} parameters",
-        "teacher": run.teacher and f"{recipe.teacher}: {teacher_top1:.2f} % top-1 on the validation images; "
+        "teacher": run.teacher and f"{recipe.teacher}: {run.teacher_score.top1:.2f} % top-1 in validation; "
                                    f"{recipe.distill} distillation, alpha {recipe.alpha:g}",
         "device": f"{device}, {recipe.precision}{' (fp16 is several times faster)' * is_slow}, "
                   f"{run.loader.num_workers} worker(s), torch {torch.__version__}",

@@ -223,7 +223,7 @@ def our_steps(size, distilled, compiled, batch, device, folder):
         world=evaluate.World(torch.device(device), 0, 1, 0, 1), folder=Path(folder), classes=[""] * 1000,
         model=model, ddp_model=model, ema_model=copy.deepcopy(model).requires_grad_(False),
         optimizer=torch.optim.AdamW(train.parameter_groups(model, 0.05), lr=0.0, fused=True),
-        scaler=torch.amp.GradScaler(device, enabled=False), teacher=teacher_model, teacher_decisions=None,
+        scaler=torch.amp.GradScaler(device, enabled=False), teacher=teacher_model, teacher_score=None,
         sampler=data.RepeatedAugSampler(batch, batch_size=batch), loader=None, val_loader=None,
         state={"step": 0, "epoch_sums": None})
     meter = quiet_meter(run)

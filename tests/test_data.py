@@ -1,11 +1,13 @@
 """What the model sees, against timm, Pillow, definitions and counting."""
 import collections
 import contextlib
+import json
 import math
 import os
 import pickle
 import platform
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -695,7 +697,7 @@ def test_the_demo_is_deterministic_balanced_and_its_halves_differ():
     (lambda root: (root / "train" / "a").mkdir(parents=True), r"1 class folder\(s\) under .* without images: a"),
     (lambda root: (write_folder(root), (root / "train" / "empty").mkdir()), "without images: empty"),
     (lambda root: (write_folder(root), (root / "val" / "cat").rename(root / "val" / "car")),
-     r"different classes, 2 are in one of them only \(car, cat\)"),
+     r"2 class\(es\) of .* are in train/ or val/ only: car, cat"),
     (lambda root: write_folder(root, classes=("cat",)), r"one class only \(cat\)"),
     (lambda root: (write_folder(root), [path.rename(root / "val" / f"{n}.jpg") for n, path in
                                         enumerate(list((root / "val").glob("*/*.jpg")))],
@@ -724,6 +726,31 @@ def test_the_command_draws_the_contact_sheet(shared_folder, tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'sheet.png'}: some of 48 training images, 3 classes\n"
 
 
+def test_the_contact_sheet_draws_what_a_runs_recipe_json_says(shared_folder, tmp_path):
+    recipe = {"image_size": 48, "seed": 3, "rand_augment": 0.0, "erasing": 0.0, "mixup": 0.8, "cutmix": 0.0, "lr": 0.1}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert run_main(data, shared_folder, "--recipe", tmp_path / "recipe.json", "--output", tmp_path / "sheet.png") == 0
+    expected = data.contact_sheet(data.open_split(shared_folder, train=True), 48, seed=3, rand_augment=0.0, erasing=0.0,
+                                  mixup=0.8, cutmix=0.0)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "sheet.png")), np.asarray(expected))
+
+
+@pytest.mark.parametrize("column", ["mixup", "CutMix"])
+def test_mixed_pictures_say_their_own_share_and_the_others_class(column, monkeypatch):
+    class Plain(list):                                       # one brightness for each class
+        classes = [f"brightness {200 - 40 * n}" for n in range(5)]
+
+    images = Plain((Image.new("RGB", (64, 64), (200 - 40 * n,) * 3), n) for n in range(5))
+    monkeypatch.setattr(data, "draw_grid", lambda columns, names: (columns, names))
+    columns, names = data.contact_sheet(images, 48, rand_augment=0.0, erasing=0.0)
+    mixed, captions = columns[column]
+    assert len({caption.split(" + ")[0] for caption in captions}) > 2
+    for picture, name, caption in zip(data.denormalize(mixed), names, captions, strict=True):
+        own, share, other = re.fullmatch(r"(\S+) \+ (\S+) brightness (\d+)", caption).groups()
+        expected = float(own) * int(name.split()[1]) + float(share) * int(other)
+        assert 255 * picture.mean().item() == pytest.approx(expected, abs=2)         # shares have two digits
+
+
 def test_check_lists_every_unreadable_image_and_fails(folder, capsys):
     assert run_main(data, folder, "--check") == 0
     bad = [folder / "train" / "cat" / "2.jpg", folder / "val" / "owl" / "1.jpg"]
@@ -734,8 +761,19 @@ def test_check_lists_every_unreadable_image_and_fails(folder, capsys):
     printed = capsys.readouterr().out
     assert [line.split(": ")[0] for line in printed.splitlines() if line.startswith(" ")] == [
         f"  cannot read image {path}" for path in bad]
-    assert "train: 48 images, 3 classes, 1 unreadable" in printed
-    assert "val: 15 images, 3 classes, 1 unreadable" in printed
+    assert "train: 48 images, 3 classes of 15 to 16, 1 unreadable" in printed
+    assert "val: 15 images, 3 classes of 4 to 5, 1 unreadable" in printed
+
+
+def test_check_says_how_large_the_images_are_and_how_many_the_model_would_enlarge(tmp_path, capsys):
+    for n, size in enumerate([(40, 90), (64, 64), (300, 70), (80, 500)]):
+        for split in ("train", "val"):
+            path = tmp_path / split / "ab"[n % 2] / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", size).save(path)
+    assert run_main(data, tmp_path, "--check", "--image-size", 70) == 0
+    assert ("train: short sides from 40 pixels on, half of them up to 67; 2 images are smaller than the model's 70\n"
+            in capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("args, status, message", [

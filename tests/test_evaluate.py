@@ -1,4 +1,5 @@
 """Evaluation against an independent loop, on any number of processes."""
+import io
 import json
 import os
 import re
@@ -187,22 +188,48 @@ def regnet_for(images):
     return model
 
 
-def test_agreement_counts_each_heads_decisions_that_are_the_teachers(from_timm, tmp_path, printed_by):
+@pytest.mark.parametrize("processes", [None, 2, 3])
+def test_with_a_teacher_the_agreement_of_every_pair_is_shown_as_in_table_4(processes, from_timm, tmp_path):
     guide = regnet_for(from_timm.images)
     torch.save(guide.state_dict(), tmp_path / "teacher.pth")
-    lines = printed_by("--weights", from_timm.weights, "--data", from_timm.root, "--teacher", tmp_path / "teacher.pth",
-                       "--batch-size", 4)
+    done = run_script("evaluate.py", "--weights", from_timm.weights, "--data", from_timm.root, "--teacher",
+                      tmp_path / "teacher.pth", "--batch-size", 4, "--workers", 0, processes=processes)
     with torch.no_grad():
-        decided = guide(from_timm.images).argmax(dim=1)
-    expected = [100 * (head.argmax(dim=1) == decided).double().mean() for head in from_timm.heads]
-    assert [line.rsplit(" ", 1)[1] for line in lines[-4:-1]] == [f"{value:.3f}" for value in expected]
-    assert len(set(expected)) == 3                           # so that one head's for another's would be noticed
+        decided = [logits.argmax(dim=1).numpy() for logits in (guide(from_timm.images), *from_timm.heads)]
+    columns = [np.array(from_timm.labels), *decided]
+    lines = [line.split() for line in done.stdout.splitlines()[-9:-4]]
+    assert lines[0] == ["agreement,", "%", "labels", "teacher", *HEADS]
+    expected = [[f"{100 * np.mean(one == other):.3f}" for other in columns] for one in decided]
+    assert lines[1:] == [[name, *row] for name, row in zip(("teacher", *HEADS), expected)]
+    assert len({row[1] for row in expected}) == 4            # so that one head's for another's would be noticed
+
+
+def test_a_plain_model_is_compared_with_another_by_the_names_of_their_classes(shared_folder, tmp_path, printed_by):
+    plain = randomize(deit.create_model("tiny", image_size=32, num_classes=3))
+    other = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    turned = {"head.weight": other["head.weight"][[2, 0, 1]], "head.bias": other["head.bias"][[2, 0, 1]]}
+    torch.save({"model": plain.state_dict(), "classes": ["cat", "dog", "owl"]}, tmp_path / "one.pth")
+    torch.save({"model": other | turned, "classes": ["owl", "cat", "dog"]}, tmp_path / "other.pth")
+    lines = printed_by("--weights", tmp_path / "one.pth", "--data", shared_folder, "--teacher", tmp_path / "other.pth")
+    top1 = re.match(r"\* Acc@1 (\S+)", lines[-1])[1]
+    assert [line.split() for line in lines[-3:-1]] == [["teacher", top1, "100.000", "100.000"],
+                                                       ["model", top1, "100.000", "100.000"]]
+
+
+def test_a_teacher_of_other_classes_is_refused_by_name(weights, shared_folder, tmp_path, capsys):
+    torch.save({"model": randomize(deit.create_model("tiny", image_size=32, num_classes=2)).state_dict(),
+                "classes": ["cat", "fox"]}, tmp_path / "fox.pth")
+    status, line = refused(capsys, "--weights", weights, "--data", shared_folder, "--teacher", tmp_path / "fox.pth")
+    assert status == 1 and f"{tmp_path / 'fox.pth'}: the weights are for other classes: 2 of 3" in line
 
 
 def test_a_loss_that_is_not_finite_is_nan():
-    logits = torch.tensor([[0.0, float("nan")], [1.0, 2.0]])
-    score = evaluate.Score(*evaluate.count(logits, torch.tensor([1, 1])).tolist())
-    assert np.isnan(score.loss) and score.images == 2
+    class Broken(Spy):
+        def forward(self, images):
+            return super().forward(images) * torch.tensor([1.0] * 9 + [float("nan")])
+
+    score = evaluate.evaluate(Broken(), random_loader(11, 4)[0], CPU)["mean"]
+    assert np.isnan(score.loss) and score.images == 11
 
 
 def test_one_process_per_machine_goes_first(monkeypatch):
@@ -320,7 +347,7 @@ def refused(capsys, *args):
     (["--weights", "absent.pth", "--data", "{data}"], "no weights file 'absent.pth'"),
     (["--weights", "{weights}", "--data", "{data}", "--image-size", "33"], "try 32"),
     (["--weights", "{weights}", "--data", "{data}", "--crop-ratio", "0"], "0: it must be from 0.1 to 1"),
-    (["--weights", "{weights}", "--data", "{data}", "--batch-size", "many"], "invalid number value: 'many'"),
+    (["--weights", "{weights}", "--data", "{data}", "--batch-size", "many"], "invalid int value: 'many'"),
     (["--weights", "{weights}", "--data", "{data}", "--modle", "tiny"], "unrecognized arguments: --modle"),
     (["--weights", "{weights}", "--data", "{data}", "--ema"], "no averaged weights"),
     (["--weights", "{weights}", "--image", "absent.jpg"], "cannot read image absent.jpg"),
@@ -458,9 +485,8 @@ def test_other_models_get_the_names_in_the_checkpoint():
     assert evaluate.class_names(known(["a", "b"], 2)) == ["a", "b"]
 
 
-def test_rollout_and_last_block_are_what_the_figure_shows(weights, monkeypatch):
-    model, shown = deit.load_model(weights), []
-    monkeypatch.setattr(evaluate, "highlight", lambda images, patches: shown.append(patches) or images)
+def test_rollout_and_last_block_are_what_the_figure_shows(weights):
+    model = deit.load_model(weights)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         columns = evaluate.attention_columns(model, images)
@@ -471,15 +497,23 @@ def test_rollout_and_last_block_are_what_the_figure_shows(weights, monkeypatch):
             mixed = 0.5 * sum(block) / 3 + 0.5 * np.eye(6)
             rollout = (mixed / mixed.sum(axis=1, keepdims=True)) @ rollout
         expected = [maps[n, -1].mean(0)[0, 2:], rollout[0, 2:], maps[n, -1].mean(0)[1, 2:], rollout[1, 2:]]
-        assert all(np.allclose(ours[n], theirs, atol=1e-5) for ours, theirs in zip(shown, expected, strict=True))
+        _, *shown = columns.values()
+        for (pictures, captions), shares in zip(shown, expected, strict=True):
+            red, _, blue = data.denormalize(pictures[n])     # of 2 x 2 patches each has a corner to itself
+            corners = (red - blue)[::31, ::31].flatten().numpy()
+            assert np.allclose(corners, 0.8 * (shares - shares.min()) / np.ptp(shares), atol=1e-3)
+            assert captions[n] == f"to {shares.max():.1%}"
     assert list(columns) == ["picture"] + [f"{token}, {name}" for token, name in product(
         ("class", "distillation"), ("last block", "rollout"))]
 
 
 def test_the_figure_is_yellow_where_the_attention_is_and_grey_where_it_is_least():
     images = data.normalize(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8))
-    patches = torch.tensor([[0.1] * 10 + [0.9] + [0.1] * 5])             # row 2, column 2 of 4 x 4
-    red, _, blue = data.denormalize(evaluate.highlight(images, patches))[0].unbind()
+    maps = torch.full((1, 1, 1, 17, 17), 0.1)
+    maps[..., 0, 11] = 0.9                                   # of the class token to row 2, column 2 of 4 x 4
+    model = SimpleNamespace(tokens=["class"], attention_maps=lambda images: maps)
+    pictures, _ = evaluate.attention_columns(model, images)["class, last block"]
+    red, _, blue = data.denormalize(pictures)[0].unbind()
     row, column = divmod(int((red - blue).argmax()), 64)
     assert (row // 16, column // 16) == (2, 2) and (red - blue)[row, column] > 0.6
     assert torch.allclose(red[:24, :24], blue[:24, :24], atol=1e-6)
@@ -489,6 +523,17 @@ def test_the_attention_figure_is_written_by_the_command_line(weights, shared_fol
     paths = [shared_folder / "val" / "cat" / "0.jpg", shared_folder / "val" / "dog" / "0.jpg"]
     lines = printed_by("--weights", weights, "--image", *paths, "--attention", tmp_path / "map.png")
     assert Image.open(tmp_path / "map.png").width > 5 * 150 and "attend to" in lines[-1]
+
+
+def test_the_figure_has_the_name_the_prediction_and_the_scale_beside_each_picture(weights, shared_folder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(data, "draw_grid", lambda columns, rows: drawn.append(rows) or Image.new("RGB", (1, 1)))
+    path = shared_folder / "val" / "cat" / "0.jpg"
+    model = evaluate.load_any(weights)
+    evaluate.describe_pictures(model, [path], CPU, 0.875, io.BytesIO())
+    with torch.no_grad():
+        shares = model(data.normalize(data.eval_transform(32)(data.read_rgb(path))[None])).softmax(dim=1)[0]
+    assert drawn == [[f"0.jpg\n{100 * shares.max():.2f} %  {model.classes[shares.argmax()]}"]]
 
 
 def test_a_convnet_has_no_attention_to_show(shared_folder, tmp_path, capsys):
