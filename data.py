@@ -16,7 +16,6 @@ import argparse
 import atexit
 import ctypes
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -478,12 +477,12 @@ def contact_sheet(images, image_size, *, rows=8, seed=0, mixup=0.8, cutmix=1.0, 
     views, names = erase(normalize(pixels), boxes), [images.classes[label] for label in labels]
     columns = {f"evaluation, {image_size} px": (normalize(evaluation), None)}
     columns |= {f"view {view + 1}": (views[view::3], None) for view in range(3)}
-    for title, off in (("mixup", "cutmix"), ("CutMix", "mixup")):
+    for name, off in [("mixup", "cutmix")] * bool(mixup) + [("CutMix", "mixup")] * bool(cutmix):
         torch.manual_seed(seed)                                     # below every view is a class of its own
         mixed, shares = mix(views, torch.arange(number), number, num_mixes=number,
                             **{"mixup": mixup, "cutmix": cutmix, off: 0})
-        columns[title] = mixed[::3], [f"{own:.2f} + {1 - own:.2f} {names[other]}" for own, other in zip(
-            shares.diag()[::3], partners(number, 0, 3)[::3])]
+        pairs = zip(shares.diag()[::3], partners(number, 0, 3)[::3])
+        columns[f"view 1, {name}"] = mixed[::3], [f"{own:.2f} + {1 - own:.2f} {names[j]}" for own, j in pairs]
     return draw_grid(columns, names[::3])
 
 
@@ -519,8 +518,8 @@ def check(images, name, image_size):
         labels, sides, errors = zip(*tqdm(seen, f"check {name}", len(images), unit="image"))
     bad, labels, sides = list(filter(None, errors)), np.array(labels), np.array(sides)
     counts, sides = np.bincount(labels[labels >= 0], minlength=len(images.classes)), sides[labels >= 0]
-    print(f"{name}: {len(images)} images, {len(images.classes)} classes of {min(counts)} to {max(counts)}"
-          f"{describe_ignored(images)}, {len(bad)} unreadable")
+    print(f"{name}: {len(images)} images, {len(images.classes)} classes of {min(counts)} to {max(counts)} "
+          f"readable ones{describe_ignored(images)}, {len(bad)} unreadable")
     if len(sides):
         print(f"{name}: short sides from {min(sides)} pixels on, half of them up to {np.median(sides):.0f}; "
               f"{sum(sides < image_size)} images are smaller than the model's {image_size}")
@@ -529,27 +528,27 @@ def check(images, name, image_size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draws what the model sees.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Draws what the model sees.", allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
     parser.error = lambda message: parser.exit(2, f"data.py: {message} (--help lists the flags)\n")
     parser.add_argument("data", metavar="DIR", help=f"folder with train/ and val/, or {', '.join(NAMED)}")
     parser.add_argument("--check", action="store_true", help="open every image, list the unreadable")
-    parser.add_argument("--image-size", type=int, help="pixels of a view (default 224)")
-    parser.add_argument("--recipe", metavar="FILE", help="the recipe.json of a run, to draw what it sees")
+    parser.add_argument("--image-size", type=int, help="pixels of a view (default: the recipe's)")
+    parser.add_argument("--recipe", metavar="NAME", help="one of train.py's (default: the paper's)")
     parser.add_argument("--output", default="contact_sheet.png", help="a PNG; default contact_sheet.png")
-    args = parser.parse_args()
+    typed = vars(parser.parse_args())
+    output, is_check = typed.pop("output"), typed.pop("check", False)
     try:
-        recipe = json.loads(Path(args.recipe).read_text()) if args.recipe else {"image_size": 224}
-        size = args.image_size if args.image_size is not None else recipe["image_size"]
-        if not 0 < size <= 4096:
-            raise ValueError(f"--image-size {size}: it must be from 1 to 4096")
-        train, val = open_dataset(args.data)
-        if args.check:
-            sys.exit(1 if check(train, "train", size) + check(val, "val", size) else 0)
-        drawn = recipe.keys() & {"seed", "rand_augment", "erasing", "mixup", "cutmix"}
-        contact_sheet(train, size, **{name: recipe[name] for name in drawn}).save(args.output, format="PNG")
+        from train import make_recipe                               # here alone: it imports this module
+        recipe = make_recipe(typed)
+        train, val = open_dataset(recipe.data)
+        if is_check:
+            sys.exit(any([check(train, "train", recipe.image_size), check(val, "val", recipe.image_size)]))
+        drawn = {name: getattr(recipe, name) for name in ("rand_augment", "erasing", "mixup", "cutmix")}
+        contact_sheet(train, recipe.image_size, **drawn).save(output, format="PNG")
     except Exception as error:                                      # a folder, an image, a flag: a user's
         sys.exit(f"data.py: {error}")
-    print(f"{args.output}: some of {len(train)} training images, {len(train.classes)} classes")
+    print(f"{output}: some of {len(train)} training images, {len(train.classes)} classes")
 
 
 # ---- Processes and speed: how it runs, not what it computes ---------------------------------------

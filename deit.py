@@ -349,7 +349,7 @@ def read_checkpoint(source, names=tuple(PUBLISHED)):
     FileNotFoundError, or ValueError for what is damaged or not made of tensors and plain values."""
     path = URLS.get(str(source), str(source))
     if path.startswith("https://"):
-        with naming(f"cannot download {path}"):
+        with naming(f"cannot download {path} to {torch.hub.get_dir()}/checkpoints"):
             path = download(path)
     elif not os.path.isfile(path):
         raise FileNotFoundError(f"no weights file {path!r}: give a path, a URL or {', '.join(names)}")

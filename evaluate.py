@@ -190,7 +190,7 @@ def attention_columns(model, images):
             weight = weight.unflatten(1, (1, -1, images.shape[-1] // deit.PATCH_SIZE))
             weight = F.interpolate(weight, size=images.shape[-2:], mode="bilinear")        # (B, 1, S, S)
             pictures = data.normalize(255 * ((1 - weight) * grey + weight * yellow.to(images).view(3, 1, 1)))
-            columns[f"{token}, {name}"] = pictures, [f"to {share:.1%}" for share in most[:, 0]]
+            columns[f"{token}, {name}"] = pictures, [f"{p.max():.1%}, mean {p.mean():.1%}" for p in patches]
     return columns
 
 
@@ -207,7 +207,7 @@ def describe_pictures(model, paths, device, crop_ratio, attention=None):
         rows.append(f"{os.path.basename(path)}\n{shown[0].strip()}")
     if attention:
         data.draw_grid(attention_columns(model, images), rows).save(attention, format="PNG")
-        print(f"{attention}: what the tokens attend to; the caption is the share of the yellowest patch")
+        print(f"{attention}: what the tokens attend to; captions: share of the yellowest patch, and the mean")
 
 
 # ---- Processes, mistakes, command line ------------------------------------------------------------

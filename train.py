@@ -63,7 +63,7 @@ class Recipe:
     data: str = flag("imagenet", f"folder with train/ and val/, or {', '.join(data.NAMED)}; if none, demo")
     teacher: str = flag("official", "the paper's RegNetY-16GF, a torchvision RegNet's name, a file or a URL")
     any_teacher: bool = flag(False, "accept a teacher no better than chance on the validation images")
-    init: str = flag(None, "weights to start from: a file, URL or name, such as base, or official (RegNets)")
+    init: str = flag(None, "weights to start from: a file, URL or name: base, ...; for RegNets their own")
     recipe: str = flag(None, "another set of values than the paper's for ImageNet; typed flags win over it")
     image_size: int = flag(224, "pixels, a multiple of 16", 16, 4096)
     epochs: int = flag(300, "an epoch is as many views as there are images (long runs: 1000)", 1, 10**6)
@@ -654,7 +654,8 @@ def summary(run, changes):
         "epochs": f"{recipe.epochs} of {sampler.steps:,} steps, {len(images) % recipe.batch_size:,} views "
                   f"left over; in each {recipe.repeats} view(s) of {sampler.distinct_images:,} images",
         "step": f"{recipe.batch_size:,} views = {run.world.world_size} process(es) x {recipe.accum_steps} "
-                f"part(s) x {sampler.batch_size}; learning rate {recipe.peak:.4g} at the peak",
+                f"part(s) x {sampler.batch_size}; learning rate {recipe.peak:.4g} at the peak"
+                f"{', which so long a warm-up does not reach' * (recipe.warmup_epochs > recipe.epochs)}",
         "mixing": is_unmixed and f"none: it needs {2 * recipe.repeats} views at a time",
         "model": f"{recipe.model}{' distilled' * bool(recipe.distill)}, {recipe.image_size} pixels, "
                  f"{sum(p.numel() for p in run.model.parameters()):,} parameters",

@@ -1,7 +1,6 @@
 """What the model sees, against timm, Pillow, definitions and counting."""
 import collections
 import contextlib
-import json
 import math
 import os
 import pickle
@@ -726,13 +725,15 @@ def test_the_command_draws_the_contact_sheet(shared_folder, tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'sheet.png'}: some of 48 training images, 3 classes\n"
 
 
-def test_the_contact_sheet_draws_what_a_runs_recipe_json_says(shared_folder, tmp_path):
-    recipe = {"image_size": 48, "seed": 3, "rand_augment": 0.0, "erasing": 0.0, "mixup": 0.8, "cutmix": 0.0, "lr": 0.1}
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    assert run_main(data, shared_folder, "--recipe", tmp_path / "recipe.json", "--output", tmp_path / "sheet.png") == 0
-    expected = data.contact_sheet(data.open_split(shared_folder, train=True), 48, seed=3, rand_augment=0.0, erasing=0.0,
-                                  mixup=0.8, cutmix=0.0)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "sheet.png")), np.asarray(expected))
+def test_the_contact_sheet_of_a_recipe_is_drawn_with_its_values(shared_folder, tmp_path):
+    def drawn(*args):
+        assert run_main(data, shared_folder, *args, "--output", tmp_path / "sheet.png") == 0
+        return np.asarray(Image.open(tmp_path / "sheet.png"))
+
+    images = data.open_split(shared_folder, train=True)
+    plain = data.contact_sheet(images, 32, rand_augment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0)
+    assert np.array_equal(drawn("--recipe", "convnet", "--image-size", 32), np.asarray(plain))
+    assert drawn("--recipe", "finetune-384").shape[1] > 6 * 384 > drawn().shape[1]       # a size of its own
 
 
 @pytest.mark.parametrize("column", ["mixup", "CutMix"])
@@ -743,7 +744,7 @@ def test_mixed_pictures_say_their_own_share_and_the_others_class(column, monkeyp
     images = Plain((Image.new("RGB", (64, 64), (200 - 40 * n,) * 3), n) for n in range(5))
     monkeypatch.setattr(data, "draw_grid", lambda columns, names: (columns, names))
     columns, names = data.contact_sheet(images, 48, rand_augment=0.0, erasing=0.0)
-    mixed, captions = columns[column]
+    mixed, captions = columns[f"view 1, {column}"]
     assert len({caption.split(" + ")[0] for caption in captions}) > 2
     for picture, name, caption in zip(data.denormalize(mixed), names, captions, strict=True):
         own, share, other = re.fullmatch(r"(\S+) \+ (\S+) brightness (\d+)", caption).groups()
@@ -761,8 +762,8 @@ def test_check_lists_every_unreadable_image_and_fails(folder, capsys):
     printed = capsys.readouterr().out
     assert [line.split(": ")[0] for line in printed.splitlines() if line.startswith(" ")] == [
         f"  cannot read image {path}" for path in bad]
-    assert "train: 48 images, 3 classes of 15 to 16, 1 unreadable" in printed
-    assert "val: 15 images, 3 classes of 4 to 5, 1 unreadable" in printed
+    assert "train: 48 images, 3 classes of 15 to 16 readable ones, 1 unreadable" in printed
+    assert "val: 15 images, 3 classes of 4 to 5 readable ones, 1 unreadable" in printed
 
 
 def test_check_says_how_large_the_images_are_and_how_many_the_model_would_enlarge(tmp_path, capsys):
@@ -771,8 +772,8 @@ def test_check_says_how_large_the_images_are_and_how_many_the_model_would_enlarg
             path = tmp_path / split / "ab"[n % 2] / f"{n}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", size).save(path)
-    assert run_main(data, tmp_path, "--check", "--image-size", 70) == 0
-    assert ("train: short sides from 40 pixels on, half of them up to 67; 2 images are smaller than the model's 70\n"
+    assert run_main(data, tmp_path, "--check", "--image-size", 80) == 0
+    assert ("train: short sides from 40 pixels on, half of them up to 67; 3 images are smaller than the model's 80\n"
             in capsys.readouterr().out)
 
 
@@ -780,7 +781,8 @@ def test_check_says_how_large_the_images_are_and_how_many_the_model_would_enlarg
     ([], 2, "the following arguments are required: DIR"),
     (["demo", "--rows", 3], 2, "unrecognized arguments: --rows 3"),
     (["demo", "--image-size", "large"], 2, "argument --image-size: invalid int value: 'large'"),
-    (["demo", "--image-size", 0], 1, "--image-size 0: it must be from 1 to 4096"),
+    (["demo", "--image-size", 0], 1, "--image-size '0': it must be from 16 to 4096"),
+    (["demo", "--recipe", "quick"], 1, "--recipe 'quick': it must be finetune-384, "),
     (["nowhere"], 1, "no dataset 'nowhere'"),
     (["demo", "--image-size", 32, "--output", "absent/sheet.png"], 1, "absent/sheet.png")])
 def test_a_mistake_on_the_command_line_is_one_line(args, status, message, capsys):

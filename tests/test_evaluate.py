@@ -502,7 +502,7 @@ def test_rollout_and_last_block_are_what_the_figure_shows(weights):
             red, _, blue = data.denormalize(pictures[n])     # of 2 x 2 patches each has a corner to itself
             corners = (red - blue)[::31, ::31].flatten().numpy()
             assert np.allclose(corners, 0.8 * (shares - shares.min()) / np.ptp(shares), atol=1e-3)
-            assert captions[n] == f"to {shares.max():.1%}"
+            assert captions[n] == f"{shares.max():.1%}, mean {shares.mean():.1%}"
     assert list(columns) == ["picture"] + [f"{token}, {name}" for token, name in product(
         ("class", "distillation"), ("last block", "rollout"))]
 
