@@ -390,6 +390,14 @@ def test_a_run_goes_on_with_its_own_recipe_where_nothing_else_is_typed(shared_fo
     assert "demo" not in printed and printed.endswith(f"--data {shared_folder}\n")
 
 
+@pytest.mark.parametrize("warmup, is_said", [(2, False), (3, True)])
+def test_a_warm_up_longer_than_the_run_is_said(warmup, is_said, shared_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", lambda run, meter: run.state["log"].append({"top1": 0.0, "epoch": 0}))
+    assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--epochs", 2, "--warmup-epochs", warmup)) == 0
+    printed = capsys.readouterr().out
+    assert ("at the peak, which so long a warm-up does not reach\n" in printed) == is_said and "at the peak" in printed
+
+
 def test_the_whole_way_by_the_command_line_on_two_processes(shared_folder, tmp_path, capsys):
     small = ("--data", shared_folder, "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--warmup-epochs", 0)
     run_script("train.py", "--model", "regnet_x_400mf", *small, "--epochs", 1, "--output", tmp_path / "teacher",
@@ -398,7 +406,7 @@ def test_the_whole_way_by_the_command_line_on_two_processes(shared_folder, tmp_p
                       "--output", tmp_path / "student", processes=2)
     for line in ("48 training, 15 validation images, 3 classes", "16 views = 2 process(es) x 1 part(s) x 8",
                  "2 of 3 steps, 0 views left over; in each 3 view(s) of 16 images", "learning rate 1.563e-05 at the peak",
-                 "% top-1 on the validation images; hard distillation, alpha 0.5"):
+                 "% top-1 in validation; hard distillation, alpha 0.5"):
         assert line in done.stdout, done.stdout
     log = read_log(tmp_path / "student")
     assert [record["epoch"] for record in log] == [0, 1]
