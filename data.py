@@ -5,7 +5,7 @@ Section 6 and table 9 of "Training data-efficient image transformers & distillat
 RandAugment, 6.0 without mixup and CutMix, 5.3 without repeated augmentation, and diverges without erasing.
 
     python data.py DIR           draws contact_sheet.png: evaluation view, training views, mixup, CutMix
-    python data.py DIR --check   opens every image and lists those that cannot be read
+    python data.py DIR --check   opens every image: numbers, sizes, and those that cannot be read
 
 DIR has train/ and val/ with a folder of images per class, or is demo, cifar10, cifar100, flowers102 or pets.
 Loader workers decode, crop, augment and deliver bytes; the device normalises, erases and mixes. A view is a
@@ -478,11 +478,11 @@ def contact_sheet(images, image_size, *, rows=8, seed=0, mixup=0.8, cutmix=1.0, 
     columns = {f"evaluation, {image_size} px": (normalize(evaluation), None)}
     columns |= {f"view {view + 1}": (views[view::3], None) for view in range(3)}
     for name, off in [("mixup", "cutmix")] * bool(mixup) + [("CutMix", "mixup")] * bool(cutmix):
-        torch.manual_seed(seed)                                     # below every view is a class of its own
+        torch.manual_seed(seed)         # labels 0, 1, 2, ...: the targets' diagonal is each view's own share
         mixed, shares = mix(views, torch.arange(number), number, num_mixes=number,
                             **{"mixup": mixup, "cutmix": cutmix, off: 0})
         pairs = zip(shares.diag()[::3], partners(number, 0, 3)[::3])
-        columns[f"view 1, {name}"] = mixed[::3], [f"{own:.2f} + {1 - own:.2f} {names[j]}" for own, j in pairs]
+        columns[f"view 1, {name}"] = mixed[::3], [f"{t:.2f} + {1 - t:.2f}\n{names[j]}" for t, j in pairs]
     return draw_grid(columns, names[::3])
 
 
@@ -500,7 +500,7 @@ def draw_grid(columns, names):
         for row, (image, caption) in enumerate(zip(images, captions or [""] * len(names))):
             top, picture = 24 + row * (cell + gap), transforms.functional.to_pil_image(denormalize(image))
             sheet.paste(picture.resize((cell, cell), Image.NEAREST), (left, top))
-            draw.text((left + 4, top + cell - 5), caption, "white", font, "ls", stroke_width=2, stroke_fill=0)
+            draw.text((left + 4, top + cell - 3), caption, "white", font, "ld", stroke_width=2, stroke_fill=0)
     return sheet
 
 
@@ -516,13 +516,12 @@ def check(images, name, image_size):
     with pool.ThreadPool(usable_cpus()) as threads:                 # Pillow decodes outside Python's lock
         seen = threads.imap(look, range(len(images)), chunksize=64)
         labels, sides, errors = zip(*tqdm(seen, f"check {name}", len(images), unit="image"))
-    bad, labels, sides = list(filter(None, errors)), np.array(labels), np.array(sides)
-    counts, sides = np.bincount(labels[labels >= 0], minlength=len(images.classes)), sides[labels >= 0]
-    print(f"{name}: {len(images)} images, {len(images.classes)} classes of {min(counts)} to {max(counts)} "
-          f"readable ones{describe_ignored(images)}, {len(bad)} unreadable")
-    if len(sides):
-        print(f"{name}: short sides from {min(sides)} pixels on, half of them up to {np.median(sides):.0f}; "
-              f"{sum(sides < image_size)} images are smaller than the model's {image_size}")
+    bad, sides = list(filter(None, errors)), sorted(filter(None, sides)) or [0]
+    counts = np.bincount([label for label in labels if label >= 0], minlength=len(images.classes))
+    small = sum(side < image_size for side in sides)
+    print(f"{name}: {len(images)} images, {len(bad)} unreadable{describe_ignored(images)}; {len(counts)} "
+          f"classes of {min(counts)} to {max(counts)} readable ones; short side at least {sides[0]}, "
+          f"median {sides[len(sides) // 2]} pixels, below {image_size} in {small}")
     print("".join(f"  {reason}\n" for reason in bad), end="")
     return len(bad)
 
@@ -532,15 +531,16 @@ def main():
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: parser.exit(2, f"data.py: {message} (--help lists the flags)\n")
     parser.add_argument("data", metavar="DIR", help=f"folder with train/ and val/, or {', '.join(NAMED)}")
-    parser.add_argument("--check", action="store_true", help="open every image, list the unreadable")
+    parser.add_argument("--check", action="store_true", help="open every image: sizes, the unreadable")
     parser.add_argument("--image-size", type=int, help="pixels of a view (default: the recipe's)")
     parser.add_argument("--recipe", metavar="NAME", help="one of train.py's (default: the paper's)")
     parser.add_argument("--output", default="contact_sheet.png", help="a PNG; default contact_sheet.png")
     typed = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")               # file names may have undecodable bytes
     output, is_check = typed.pop("output"), typed.pop("check", False)
     try:
         from train import make_recipe                               # here alone: it imports this module
-        recipe = make_recipe(typed)
+        recipe = make_recipe(typed | {"model": "regnet_y_16gf"})    # which takes any size
         train, val = open_dataset(recipe.data)
         if is_check:
             sys.exit(any([check(train, "train", recipe.image_size), check(val, "val", recipe.image_size)]))

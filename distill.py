@@ -64,8 +64,8 @@ def main():
     distillation_logits = torch.tensor([[1.0, 1.0]]).log()
     teacher_logits = torch.tensor([[1.0, 4.0]]).log()
     label = torch.tensor([0])
-    print("one image, two classes, label 0; softmax of each:")
-    print("  class head         (3/4, 1/4)\n"
+    print("one image, two classes, label 0; softmax of each:\n"
+          "  class head         (3/4, 1/4)\n"
           "  distillation head  (1/2, 1/2)\n"
           "  teacher            (1/5, 4/5): says class 1\n")
 

@@ -2,7 +2,7 @@
 
     python evaluate.py --weights deit.pth --data imagenet/val
     python evaluate.py --weights tiny-distilled --data imagenet           74.476 / 91.920, as published
-    torchrun --nproc_per_node 4 evaluate.py --weights deit.pth --data imagenet/val
+    torchrun --nproc_per_node 4 evaluate.py --weights deit.pth --data imagenet/val --teacher official
     python evaluate.py --weights tiny --image a.jpg --attention map.png   likeliest classes; where it looks
 
 Architecture, heads, image size and classes are read from the file. The protocol is that of the published
@@ -35,14 +35,13 @@ import data
 import deit
 import teacher
 
-BATCH_SIZE = 64
 TIMEOUT = timedelta(minutes=30)                              # how long a process waits for the others
 
 
 class Score(namedtuple("Score", "images correct1 correct5 loss_sum agreed decisions")):
-    """Sums over all processes' images, whole numbers but for the loss (`agreed`: decisions that are also the
-    teacher's), and the `decisions` themselves (N,), on this process's images in order."""
-    # In %; the paper's table 4 has 100 - agreement. The loss is a mean over images (officially over batches).
+    """Sums over the images of all processes, whole numbers but for the loss; `agreed` are decisions that are
+    the teacher's, too. `decisions` (N,) are those on this process's images only, in order."""
+    # accuracies and agreement in %; the loss is a mean over images (officially over batches)
     top1 = property(lambda self: 100 * self.correct1 / self.images)
     top5 = property(lambda self: 100 * self.correct5 / self.images)
     agreement = property(lambda self: 100 * self.agreed / self.images)
@@ -88,7 +87,7 @@ def evaluate(model, loader, device, *, columns=None, teacher_score=None, progres
     scores = {}
     for name, parts in rows.items():
         decisions, *counted = torch.cat(parts, dim=1)                             # four of (N,)
-        agreed = decisions == (teacher_score.decisions if teacher_score else math.nan)
+        agreed = decisions == teacher_score.decisions if teacher_score else decisions * math.nan
         sums = torch.stack([row.double().sum() for row in (torch.ones_like(decisions), *counted, agreed)])
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -97,9 +96,9 @@ def evaluate(model, loader, device, *, columns=None, teacher_score=None, progres
 
 
 def agreement_table(scores):
-    """The lines of table 4 (there 100 - agreement): in %, on how many images each two of `scores` agree."""
+    """Lines of table 4 (there: fractions that differ): in %, how often labels and each two Scores agree."""
     votes = torch.stack([score.decisions for score in scores.values()])           # (V, N)
-    alike = (votes[:, None] == votes).double().sum(dim=2)                         # (V, V)
+    alike = (votes[:, None] == votes).sum(dim=2)                                  # (V, V)
     if dist.is_initialized():
         dist.all_reduce(alike)
     lines = ["".join(f"{name:>14}" for name in ("agreement, %", "labels", *scores))]
@@ -135,7 +134,7 @@ def class_indices(folders, model, reference=None):
         raise ValueError(f"--reference {reference} has {len(known)} class folders and the model "
                          f"{model.num_classes} classes: give a complete train/ or val/")
     if known and set(folders) <= set(known):
-        return None if folders == known else [known.index(name) for name in folders]
+        return None if folders == known else list(map(dict(zip(known, range(len(known)))).get, folders))
     if all(map(str.isdecimal, folders)) and sorted(map(int, folders)) == list(range(model.num_classes)):
         return list(map(int, folders))
     if known:
@@ -148,15 +147,17 @@ def class_indices(folders, model, reference=None):
     return None
 
 
-def evaluate_folder(model, columns, teacher_model, teacher_columns, loader, device, say):
-    """Evaluates and says how it went: a line per head, and the model's own output last."""
-    scores = evaluate(model, loader, device, columns=columns, progress=say is print)
-    if not math.isfinite(scores["mean"].loss):
-        raise FloatingPointError("the model's output is not finite: are the weights damaged?")
-    if teacher_model:
-        theirs = evaluate(teacher_model, loader, device, columns=teacher_columns, progress=say is print)
-        voters = scores if len(scores) > 1 else {"model": scores["mean"]}
-        say("\n".join(agreement_table({"teacher": theirs["mean"], **voters})))
+def evaluate_folder(model, teachers, loader, device, say):
+    """Evaluates and says how it went: agreement, a line per head, and the model's own output last."""
+    scores, *theirs = (evaluate(each, loader, device, columns=each.columns, progress=say is print)
+                       for each in (model, *teachers))
+    voters = {f"teacher {number}": score["mean"] for number, score in enumerate(theirs, 1)}
+    voters |= scores if len(scores) > 1 else {"model": scores["mean"]}
+    for name, score in voters.items():
+        if not math.isfinite(score.loss):
+            raise FloatingPointError(f"the output ({name}) is not finite: are the weights damaged?")
+    if teachers:
+        say("\n".join(agreement_table(voters)))
     for name, score in scores.items() if len(scores) > 1 else ():
         say(f"{name:<13} Acc@1 {score.top1:.3f} Acc@5 {score.top5:.3f} loss {score.loss:.3f}")
     say("* Acc@1 {0.top1:.3f} Acc@5 {0.top5:.3f} loss {0.loss:.3f}".format(scores["mean"]))
@@ -175,7 +176,7 @@ def class_names(model):
 def attention_columns(model, images):
     """{title: (pictures, captions)}: where the tokens of normalised images (B, 3, S, S) attend to, mean over
     heads, in the last block, and through all by rollout (Abnar and Zuidema, 2020: half of an output is its
-    input). Grey turns yellow from the least attended patch to the most, whose share is the caption."""
+    input). Grey turns yellow from the least attended patch to the most; captions are these two's shares."""
     maps = model.attention_maps(images).mean(dim=2)                               # (B, depth, N, N)
     rollout = identity = torch.eye(maps.shape[-1], device=images.device)
     for attention in maps.unbind(dim=1):
@@ -190,7 +191,7 @@ def attention_columns(model, images):
             weight = weight.unflatten(1, (1, -1, images.shape[-1] // deit.PATCH_SIZE))
             weight = F.interpolate(weight, size=images.shape[-2:], mode="bilinear")        # (B, 1, S, S)
             pictures = data.normalize(255 * ((1 - weight) * grey + weight * yellow.to(images).view(3, 1, 1)))
-            columns[f"{token}, {name}"] = pictures, [f"{p.max():.1%}, mean {p.mean():.1%}" for p in patches]
+            columns[f"{token}, {name}"] = pictures, [f"{p.min():.2%} to {p.max():.2%}" for p in patches]
     return columns
 
 
@@ -207,7 +208,7 @@ def describe_pictures(model, paths, device, crop_ratio, attention=None):
         rows.append(f"{os.path.basename(path)}\n{shown[0].strip()}")
     if attention:
         data.draw_grid(attention_columns(model, images), rows).save(attention, format="PNG")
-        print(f"{attention}: what the tokens attend to; captions: share of the yellowest patch, and the mean")
+        print(f"{attention}: what the tokens attend to, with the shares of the greyest and yellowest patch")
 
 
 # ---- Processes, mistakes, command line ------------------------------------------------------------
@@ -292,8 +293,8 @@ def parse_flags():
     add("--image", nargs="+", metavar="FILE", help="pictures to name, in place of --data")
     add("--attention", metavar="PNG", help="with --image: draw what the model's tokens attend to")
     add("--reference", metavar="DIR", help="a whole ImageNet train/ or val/, to name the classes of a part")
-    add("--teacher", metavar="T", help="with --data: agreement with this teacher, or any model (table 4)")
-    add("--batch-size", type=int, default=BATCH_SIZE, help="per process (default 64)")
+    add("--teacher", nargs="+", default=[], metavar="T", help="models to compare decisions with (table 4)")
+    add("--batch-size", type=int, default=64, help="per process (default 64)")
     add("--image-size", type=int, help="evaluate at another size than the file's (pixels)")
     add("--crop-ratio", type=float, default=0.875, help="share that is kept (default 0.875)")
     add("--ema", action="store_true", help="the averaged weights of a training checkpoint")
@@ -303,7 +304,7 @@ def parse_flags():
     for name, (low, high) in limits.items():
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             parser.error(f"--{name} {value}: it must be from {low:g} to {high:g}".replace("_", "-"))
-    if "" in (*vars(args).values(), *(args.image or ())):
+    if "" in (*vars(args).values(), *(args.image or ()), *args.teacher):
         parser.error("the value of a flag is empty (an unset variable?): give it, or leave the flag out")
     if bool(args.data) == bool(args.image):
         parser.error("give --data DIR to evaluate on, or --image FILE ... to look at: one of them")
@@ -320,20 +321,21 @@ def main():
         with local_rank_zero_first(world):                   # it may download the weights or the data
             model = load_any(args.weights, image_size=args.image_size, ema=args.ema).to(device)
             images = data.open_split(args.data, train=False) if args.data else None
-            teacher_model = args.teacher and teacher.freeze(
-                load_any(args.teacher, image_size=model.image_size)).to(device)
+            teachers = [teacher.freeze(load_any(source, image_size=model.image_size)).to(device)
+                        for source in args.teacher]
         if args.attention and not isinstance(model, deit.DeiT):
             raise ValueError("--attention needs a DeiT: a convnet has no attention to show")
         if args.data:
-            size, parameters = model.image_size, sum(parameter.numel() for parameter in model.parameters())
-            columns = class_indices(images.classes, model, args.reference)
-            with deit.naming(args.teacher):
-                theirs = teacher_model and class_indices(images.classes, teacher_model, args.reference)
-            say(f"{args.weights}: {parameters:,} parameters, {model.num_classes} classes, image size {size}")
+            size = model.image_size                          # for the teachers, too
+            for source, each in zip((args.weights, *args.teacher), (model, *teachers)):
+                with deit.naming(source):
+                    each.columns = class_indices(images.classes, each, args.reference)
+                parameters = sum(parameter.numel() for parameter in each.parameters())
+                say(f"{source}: {parameters:,} parameters, {each.num_classes} classes, image size {size}")
             say(f"{args.data}: {len(images):,} images{data.describe_ignored(images)}; short side to "
                 f"{data.short_side(size, args.crop_ratio)}, bicubic, centre {size} x {size}")
-            if columns:
-                say(f"classes: {len(columns)} of {model.num_classes}, matched by name: it chooses among them")
+            if model.columns:
+                say(f"classes: {len(model.columns)} of {model.num_classes}, matched by name")
             elif not model.classes:
                 say(f"classes in the folders' order: {images.classes[0]} is 0, {images.classes[-1]} the last")
             for name, row in deit.PUBLISHED.items():
@@ -343,7 +345,7 @@ def main():
                                       workers=args.workers, rank=world.rank, world_size=world.world_size)
     with one_line_errors("evaluate.py", OSError, data.BadImage, FloatingPointError):
         if args.data:
-            evaluate_folder(model, columns, teacher_model, theirs, loader, device, say)
+            evaluate_folder(model, teachers, loader, device, say)
         elif world.rank == 0:
             describe_pictures(model, args.image, device, args.crop_ratio, args.attention)
     if dist.is_initialized():

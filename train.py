@@ -42,8 +42,7 @@ import data
 import deit
 import distill
 import teacher
-from evaluate import (BATCH_SIZE, OneLineParser, evaluate, init_processes, local_rank_zero_first,
-                      one_line_errors)
+from evaluate import OneLineParser, evaluate, init_processes, local_rank_zero_first, one_line_errors
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 LOOK, SAVE, STOP = 1, 2, 3                                   # what is due after a step: 3 includes 2 and 1
@@ -63,7 +62,7 @@ class Recipe:
     data: str = flag("imagenet", f"folder with train/ and val/, or {', '.join(data.NAMED)}; if none, demo")
     teacher: str = flag("official", "the paper's RegNetY-16GF, a torchvision RegNet's name, a file or a URL")
     any_teacher: bool = flag(False, "accept a teacher no better than chance on the validation images")
-    init: str = flag(None, "weights to start from: a file, URL or name: base, ...; for RegNets their own")
+    init: str = flag(None, "weights to start from: file, URL, name (base, ...; a RegNet's, or official)")
     recipe: str = flag(None, "another set of values than the paper's for ImageNet; typed flags win over it")
     image_size: int = flag(224, "pixels, a multiple of 16", 16, 4096)
     epochs: int = flag(300, "an epoch is as many views as there are images (long runs: 1000)", 1, 10**6)
@@ -87,7 +86,7 @@ class Recipe:
     alpha: float = flag(0.5, "weight of the distillation term, as in the paper; soft 0.1", 0, 1)
     temperature: float = flag(3.0, "softens both models' logits in soft distillation", 1e-3, 1e3)
     ema: float = flag(0.0, "decay per step of averaged weights, such as 0.99996; 0 keeps none", 0, 0.9999999)
-    precision: str = flag("auto", "fp32, fp16, bf16 (AMX CPUs too), auto (GPUs: bf16)", "auto", *AUTOCAST)
+    precision: str = flag("auto", "bf16 (CPUs: AMX), fp16, fp32; auto: bf16 if GPU has it", "auto", *AUTOCAST)
     compile: bool = flag(False, "torch.compile the model and the teacher")
     workers: int = flag(None, "loader processes per process; default by its share of the CPUs", 0, 256)
     seed: int = flag(0, "everything random follows from it", 0, 2**63 - 1)
@@ -138,8 +137,7 @@ def parameter_groups(model, weight_decay):
 # ---- The loop -------------------------------------------------------------------------------------
 
 
-# All that a run consists of. ddp_model is the model itself where there is one process only; ema_model,
-# teacher and its score may be None; state is what changes: step, log, epoch_sums.
+# All of a run. In one process ddp_model is the model; state is what changes: step, log, epoch_sums.
 Run = namedtuple("Run", "recipe world folder classes model ddp_model ema_model optimizer scaler teacher "
                  "teacher_score sampler loader val_loader state")
 
@@ -613,7 +611,7 @@ def build(recipe, world, folder, checkpoint=None):
         repeats=recipe.repeats, epochs=recipe.epochs, first_step=state["step"], seed=recipe.seed)
     loader = data.train_loader(images, sampler, recipe.image_size, workers=recipe.workers,
                                rand_augment=recipe.rand_augment, erasing=recipe.erasing)
-    val_loader = data.eval_loader(val_images, recipe.image_size, batch_size=BATCH_SIZE, rank=world.rank,
+    val_loader = data.eval_loader(val_images, recipe.image_size, rank=world.rank,
                                   world_size=world.world_size, workers=(loader.num_workers + 1) // 2)
     if teacher_model:
         teacher_score = evaluate(teacher_model, val_loader, device)["mean"]

@@ -1,6 +1,7 @@
 """What the model sees, against timm, Pillow, definitions and counting."""
 import collections
 import contextlib
+import io
 import math
 import os
 import pickle
@@ -747,7 +748,7 @@ def test_mixed_pictures_say_their_own_share_and_the_others_class(column, monkeyp
     mixed, captions = columns[f"view 1, {column}"]
     assert len({caption.split(" + ")[0] for caption in captions}) > 2
     for picture, name, caption in zip(data.denormalize(mixed), names, captions, strict=True):
-        own, share, other = re.fullmatch(r"(\S+) \+ (\S+) brightness (\d+)", caption).groups()
+        own, share, other = re.fullmatch(r"(\S+) \+ (\S+)\nbrightness (\d+)", caption).groups()
         expected = float(own) * int(name.split()[1]) + float(share) * int(other)
         assert 255 * picture.mean().item() == pytest.approx(expected, abs=2)         # shares have two digits
 
@@ -762,8 +763,8 @@ def test_check_lists_every_unreadable_image_and_fails(folder, capsys):
     printed = capsys.readouterr().out
     assert [line.split(": ")[0] for line in printed.splitlines() if line.startswith(" ")] == [
         f"  cannot read image {path}" for path in bad]
-    assert "train: 48 images, 3 classes of 15 to 16 readable ones, 1 unreadable" in printed
-    assert "val: 15 images, 3 classes of 4 to 5 readable ones, 1 unreadable" in printed
+    assert "train: 48 images, 1 unreadable; 3 classes of 15 to 16 readable ones" in printed
+    assert "val: 15 images, 1 unreadable; 3 classes of 4 to 5 readable ones" in printed
 
 
 def test_check_says_how_large_the_images_are_and_how_many_the_model_would_enlarge(tmp_path, capsys):
@@ -773,8 +774,16 @@ def test_check_says_how_large_the_images_are_and_how_many_the_model_would_enlarg
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", size).save(path)
     assert run_main(data, tmp_path, "--check", "--image-size", 80) == 0
-    assert ("train: short sides from 40 pixels on, half of them up to 67; 3 images are smaller than the model's 80\n"
-            in capsys.readouterr().out)
+    assert "short side at least 40, median 70 pixels, below 80 in 3\n" in capsys.readouterr().out
+
+
+def test_check_lists_a_bad_image_whose_name_no_text_can_hold(folder, monkeypatch):
+    (folder / "train" / "cat" / os.fsdecode(b"\xe9.jpg")).write_text("no image")
+    printed = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", printed)
+    assert run_main(data, folder, "--check") == 1
+    printed.flush()
+    assert b"\\udce9.jpg" in printed.buffer.getvalue() and b"val: 15 images, 0 unreadable" in printed.buffer.getvalue()
 
 
 @pytest.mark.parametrize("args, status, message", [

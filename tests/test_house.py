@@ -13,7 +13,7 @@ import pytest
 import train
 from conftest import ROOT, run_main, run_script
 
-LINES = {"deit": 400, "distill": 90, "data": 640, "teacher": 194, "evaluate": 355, "train": 721}     # at most, of each
+LINES = {"deit": 400, "distill": 90, "data": 640, "teacher": 194, "evaluate": 357, "train": 719}     # at most, of each
 SCRIPTS = tuple(LINES)
 SOURCE = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
 TREE = {name: ast.parse(source) for name, source in SOURCE.items()}
@@ -38,7 +38,8 @@ def imports(tree):
 def test_each_script_imports_the_others_that_it_builds_on_and_no_more():
     (main,) = [node for node in TREE["data"].body if getattr(node, "name", "") == "main"]
     assert set(imports(main)) == {"train"}                   # the contact sheet of a recipe; no module imports the loop
-    graph = {name: set(imports(tree)) & set(SCRIPTS) - ({"train"} if name == "data" else set()) for name, tree in TREE.items()}
+    graph = {name: set(imports(tree)) & set(SCRIPTS) for name, tree in TREE.items()}
+    graph["data"].discard("train")
     assert graph == {"deit": set(), "distill": set(), "data": set(), "teacher": {"deit"},
                      "evaluate": {"deit", "data", "teacher"},
                      "train": {"deit", "distill", "data", "teacher", "evaluate"}}

@@ -478,7 +478,7 @@ def test_without_data_the_demo_makes_its_teacher_and_says_so_first(tmp_path, mon
               "runs/tiny-distilled-demo/teacher/best.pth\n"
     assert printed.endswith(command)
     assert run_main(evaluate, *command.split()[2:], "--workers", 0) == 0
-    assert "agreement, %        labels       teacher         class  distillation          mean" in capsys.readouterr().out
+    assert "agreement, %        labels     teacher 1         class  distillation          mean" in capsys.readouterr().out
 
 
 def test_tensorboard_shows_the_first_batch_as_the_model_saw_it_and_no_other(shared_folder, tmp_path, monkeypatch):
