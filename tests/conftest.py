@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+torch.set_num_threads(1)                                     # two tests run at a time, see pytest.ini
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
