@@ -734,6 +734,7 @@ def test_the_contact_sheet_of_a_recipe_is_drawn_with_its_values(shared_folder, t
     images = data.open_split(shared_folder, train=True)
     plain = data.contact_sheet(images, 32, rand_augment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0)
     assert np.array_equal(drawn("--recipe", "convnet", "--image-size", 32), np.asarray(plain))
+    assert plain.width < data.contact_sheet(images, 32).width - 300              # no columns of mixing
     assert drawn("--recipe", "finetune-384").shape[1] > 6 * 384 > drawn().shape[1]       # a size of its own
 
 
