@@ -636,6 +636,9 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     end_a_wait.start()
     with pytest.raises(data.BadImage, match="pipe.jpg: .* not a regular one"):
         data.read_rgb(tmp_path / "pipe.jpg")
+    reader = os.open(tmp_path / "pipe.jpg", os.O_RDONLY | os.O_NONBLOCK)         # lets the thread end
+    end_a_wait.join()
+    os.close(reader)
 
 
 def test_an_image_too_narrow_to_resize_is_refused_by_its_path(tmp_path):
