@@ -51,7 +51,7 @@ def seed_from(*numbers):
 # ---- One image to a view, with RandAugment "rand-m9-mstd0.5-inc1" ---------------------------------
 
 # Functions of the image, the magnitude r in [0, 1], with which they grow, and a random sign s = +1 or -1.
-# Posterize keeps no bit at r = 1: black here, an error in Pillow 13. slide gives Pillow's affine transform.
+# Posterize keeps no bit at r = 1: black here, an error in Pillow 13.
 OPERATIONS = {
     "AutoContrast": lambda image, r, s: ImageOps.autocontrast(image),
     "Equalize": lambda image, r, s: ImageOps.equalize(image),
@@ -64,11 +64,16 @@ OPERATIONS = {
     "Contrast": lambda image, r, s: ImageEnhance.Contrast(image).enhance(1 + s * 0.9 * r),
     "Brightness": lambda image, r, s: ImageEnhance.Brightness(image).enhance(1 + s * 0.9 * r),
     "Sharpness": lambda image, r, s: ImageEnhance.Sharpness(image).enhance(1 + s * 0.9 * r),
-    "ShearX": lambda image, r, s: slide(image, s * 0.3 * r, 0),
-    "ShearY": lambda image, r, s: slide(image, s * 0.3 * r, 0, down=True),
-    "TranslateX": lambda image, r, s: slide(image, 0, s * 0.45 * r * image.width),
-    "TranslateY": lambda image, r, s: slide(image, 0, s * 0.45 * r * image.height, down=True),
+    "ShearX": lambda image, r, s: affine(image, 1, s * 0.3 * r, 0, 0, 1, 0),
+    "ShearY": lambda image, r, s: affine(image, 1, 0, 0, s * 0.3 * r, 1, 0),
+    "TranslateX": lambda image, r, s: affine(image, 1, 0, s * 0.45 * r * image.width, 0, 1, 0),
+    "TranslateY": lambda image, r, s: affine(image, 1, 0, 0, 0, 1, s * 0.45 * r * image.height),
 }
+
+
+def affine(image, *matrix):
+    """Output pixel (x, y) is the input's at (a x + b y + c, d x + e y + f), `matrix` being (a, ..., f)."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, BICUBIC, fillcolor=FILL)
 
 
 class RandAugment:
@@ -609,31 +614,6 @@ def keep_freed_memory():
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):      # another C library has none
         mallopt(-3, 32 * 2**20)                                     # M_MMAP_THRESHOLD: its largest value
         mallopt(-1, 256 * 2**20)                                    # M_TRIM_THRESHOLD
-
-
-def slide(image, slope, offset, down=False):
-    """Shears and moves along the rows: output pixel (x, y) samples the input at (x + slope y + offset, y);
-    with `down` along the columns, at (x, y + slope x + offset). The pixels of Pillow's transform(AFFINE,
-    BICUBIC) in half its time: a cubic (a = -1) in doubles at pixel centres, edges repeated, FILL outside."""
-    if down:
-        return slide(image.transpose(Image.TRANSPOSE), slope, offset).transpose(Image.TRANSPOSE)
-    (width, height), fill = image.size, np.array([*FILL, 255], np.uint8).view(np.uint32)
-    rows = np.arange(height)[:, None]
-    distance = slope * (rows + 0.5) + offset                        # (H, 1), in pixels
-    centre = np.arange(width) + 0.5 + distance                      # (H, W)
-    inside = (centre >= 0) & (centre < width)
-    (seen,) = inside.any(axis=0).nonzero()
-    if not len(seen):
-        return Image.new("RGB", image.size, FILL)
-    whole = np.floor(distance).astype(np.int64)
-    t, columns = distance - whole, (np.arange(seen[0] - 1, seen[-1] + 3) + whole).clip(0, width - 1)
-    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
-    taps = pixels.take(columns + width * rows).view(np.uint8).astype(np.int16)
-    p0, p1, p2, p3 = (taps[:, 4 * k:4 * (k + len(seen))] for k in range(4))
-    values = ((t * (p1 - p0 + p3 - p2) + (2 * (p0 - p1) + p2 - p3)) * t + (p2 - p0)) * t + p1
-    moved = np.full((height, width), fill)
-    moved[:, seen] = values.astype(np.int16).clip(0, 255).astype(np.uint8).view(np.uint32)
-    return Image.frombytes("RGB", image.size, np.where(inside, moved, fill), "raw", "RGBX")
 
 
 if __name__ == "__main__":

@@ -66,17 +66,6 @@ def test_randaugment_operation_is_timms_pixel_by_pixel(name, monkeypatch):
                 assert ours.tobytes() == operation(image).tobytes(), (magnitude, sign)
 
 
-def test_sliding_rows_and_columns_is_pillows_affine_transform_to_the_pixel():
-    rng = np.random.default_rng(0)
-    for number, (width, height) in enumerate(60 * [(97, 61), (48, 48), (224, 224), (1, 9), (9, 1)]):
-        image = photo(width, height, seed=number) if number % 2 else noise(width, height, levels=2)
-        slope, offset = rng.uniform(-0.4, 0.4) * rng.integers(2), rng.uniform(-1.2, 1.2) * width * rng.integers(2)
-        for down, matrix in ((False, (1, slope, offset, 0, 1, 0)), (True, (1, 0, 0, slope, 1, offset))):
-            usual = image.transform(image.size, Image.Transform.AFFINE, matrix, BICUBIC, fillcolor=data.FILL)
-            ours = data.slide(image, slope, offset, down=down)
-            assert ours.tobytes() == usual.tobytes(), (down, image.size, slope, offset)
-
-
 def test_randaugment_covers_timms_fifteen_operations_in_order():
     plain = [name.removesuffix("Increasing").removesuffix("Rel") for name in auto_augment._RAND_INCREASING_TRANSFORMS]
     assert list(data.OPERATIONS) == plain and len(plain) == 15
