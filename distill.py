@@ -64,19 +64,16 @@ def main():
     distillation_logits = torch.tensor([[1.0, 1.0]]).log()
     teacher_logits = torch.tensor([[1.0, 4.0]]).log()
     label = torch.tensor([0])
-    print("one image, two classes, label 0; softmax of each:\n"
-          "  class head         (3/4, 1/4)\n"
-          "  distillation head  (1/2, 1/2)\n"
-          "  teacher            (1/5, 4/5): says class 1\n")
+    print("one image, two classes, label 0; softmax of the class head (3/4, 1/4), of the distillation head\n"
+          "(1/2, 1/2), of the teacher (1/5, 4/5), which says class 1\n")
 
     def row(name, work, value, source=""):
-        print(f"{name:<21}{work:<46}= {value:.4f}  {source}".rstrip())
+        print(f"{name:<21}{work:<46}= {value:.4f}  {source}")
 
     loss, class_term, hard = distillation_loss(class_logits, distillation_logits, label, teacher_logits)
     row("class term", "-log 3/4", class_term)
     row("hard distillation", "-log 1/2", hard)
-    row("hard loss", f"1/2 {class_term:.4f} + 1/2 {hard:.4f}", loss, "equation 3")
-    print()
+    row("hard loss", f"1/2 {class_term:.4f} + 1/2 {hard:.4f}", loss, "equation 3\n")
     loss, class_term, soft = distillation_loss(class_logits, distillation_logits, label, teacher_logits,
                                                kind="soft", alpha=0.1, temperature=1.0)
     row("soft distillation", "1/5 log (1/5)/(1/2) + 4/5 log (4/5)/(1/2)", soft)

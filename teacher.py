@@ -12,7 +12,6 @@ regnet_y_16gf, 82.886 %), a torchvision weights entry (RegNet_Y_16GF_Weights.IMA
 https URL. Files may use torchvision's names, timm's (as the official one), or be checkpoints of train.py.
 """
 import argparse
-import itertools
 import os
 import re
 import signal
@@ -71,29 +70,29 @@ def freeze(model):
 def load_teacher(source="official", num_classes=1000, classes=None):
     """The frozen teacher: logits (B, K) of images (B, 3, S, S) normalised as the student's. Raises OSError or
     ValueError if it cannot be read, does not know `num_classes` classes, or names other `classes`."""
-    advice = ("train one for your classes: python train.py --recipe convnet --data DIR --model "
-              "regnet_y_16gf, for few images regnet_y_400mf")
-    if weights_url(source) and num_classes != 1000:                     # known before anything is downloaded
-        raise ValueError(f"teacher {source} knows ImageNet's 1000 classes and the data has {num_classes}; "
-                         f"{advice}")
-    checkpoint = read_weights(source)
-    model = load_regnet(source, checkpoint=checkpoint)
-    if model.fc.out_features != num_classes:
-        raise ValueError(f"teacher {source} knows {model.fc.out_features} classes and the data has "
-                         f"{num_classes}; {advice}")
-    if deit.other_classes(checkpoint, classes):
-        known, wanted = next(pair for pair in itertools.zip_longest(checkpoint["classes"], classes)
-                             if pair[0] != pair[1])
-        raise ValueError(f"teacher {source} knows other classes: where it has {known!r}, the data has "
-                         f"{wanted!r}; {advice}")
+    checkpoint, known = {}, 1000
+    if not weights_url(source) or num_classes == known:      # else it is clear before anything is downloaded
+        checkpoint = read_weights(source)
+        model = load_regnet(source, checkpoint=checkpoint)
+        known = model.fc.out_features
+    if known != num_classes or deit.other_classes(checkpoint, classes):
+        pairs = zip(checkpoint.get("classes") or (), classes or ())
+        first = next((f", {new!r} where the teacher has {old!r}" for old, new in pairs if old != new), "")
+        raise ValueError(f"teacher {source} knows {known} classes and the data has {num_classes}{first}; "
+                         "train one for your classes: python train.py --recipe convnet --data DIR --model "
+                         "regnet_y_16gf, for few images regnet_y_400mf")
     return freeze(model)
 
 
+def could_be_chance(top1, num_images, num_classes):
+    """Whether an accuracy in % is less than three standard deviations above guessing, and not 100."""
+    deviation = ((num_classes - 1) / num_images) ** 0.5 / num_classes
+    return top1 / 100 <= 1 / num_classes + 3 * deviation and top1 < 100
+
+
 def check_top1(score, num_classes, source, any_teacher=False):
-    """Raises ValueError, unless `any_teacher`, for a Score less than three deviations above chance."""
-    expected = score.images / num_classes
-    deviation = (score.images * (num_classes - 1)) ** 0.5 / num_classes
-    if not any_teacher and score.correct1 <= expected + 3 * deviation and score.correct1 < score.images:
+    """Raises ValueError, unless `any_teacher`, for a Score that could be chance."""
+    if not any_teacher and could_be_chance(score.top1, score.images, num_classes):
         raise ValueError(f"teacher {source} gets {score.correct1:.0f} of {score.images:.0f} validation "
                          "images right, which could be chance: its classes are others, or in another order, "
                          "or it was trained at another size, or not enough; --any-teacher to go on")

@@ -275,9 +275,7 @@ class Meter:
         self.saved, self.save_seconds, self.signal, self.is_first_batch = time.monotonic(), 0.0, 0, True
         self.writer = SummaryWriter(run.folder, purge_step=state["step"] + 1) if world.rank == 0 else None
         if self.writer:
-            recipe = json.dumps(asdict(run.recipe), indent=4)
-            self.writer.add_text("recipe", f"```\n{recipe}\n```")
-            (run.folder / "recipe.json").write_text(f"{recipe}\n")
+            (run.folder / "recipe.json").write_text(json.dumps(asdict(run.recipe), indent=4) + "\n")
             self.folder_fd = os.open(run.folder, os.O_RDONLY)
         self.bar = tqdm(initial=state["step"], total=run.recipe.epochs * run.sampler.steps, unit="step",
                         smoothing=0, disable=world.rank > 0,     # remaining time by the mean of all steps
@@ -676,7 +674,7 @@ def build_and_train(recipe, checkpoint, world, folder):
     (checkpoint or {}).clear()                               # it is as large as three models
     with one_line_errors("train.py", OSError, data.BadImage, FloatingPointError):
         train(run, meter)
-    return run.state["log"]
+    return run
 
 
 def main():
@@ -703,13 +701,16 @@ def main():
                 teacher_run = find_run({}, make_recipe(values), folder / "teacher")
             build_and_train(*teacher_run, world, folder / "teacher")
             recipe = replace(recipe, teacher=str(folder / "teacher" / "best.pth"))
-        log = build_and_train(recipe, checkpoint, world, folder)
+        run = build_and_train(recipe, checkpoint, world, folder)
     if world.rank == 0:
-        best = max(log, key=lambda record: record["top1"])
+        best, last = max(run.state["log"], key=lambda record: record["top1"]), run.state["log"][-1]
         command = ["python", "evaluate.py", "--weights", str(folder / "best.pth"), "--data", recipe.data]
         command += ["--teacher", recipe.teacher] * bool(recipe.distill)
-        print(f"done: top-1 {log[-1]['top1']:.2f} after {len(log)} epochs, best {best['top1']:.2f} in epoch "
-              f"{best['epoch']}", shlex.join(command), sep="\n")
+        is_chance = teacher.could_be_chance(best["top1"], len(run.val_loader.dataset), len(run.classes))
+        advice = ["which could be chance: try --init, more steps (--epochs, a smaller --batch-size, fewer "
+                  "--warmup-epochs), another --lr, or --rand-augment 0 --erasing 0"] * is_chance
+        print(f"done: top-1 {last['top1']:.2f} after {recipe.epochs} epochs, best {best['top1']:.2f} in "
+              f"epoch {best['epoch']}", *advice, shlex.join(command), sep="\n")
     if dist.is_initialized():
         dist.destroy_process_group()
 
