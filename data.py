@@ -72,7 +72,7 @@ OPERATIONS = {
 
 
 def affine(image, *matrix):
-    """Output pixel (x, y) is the input's at (a x + b y + c, d x + e y + f), `matrix` being (a, ..., f)."""
+    """The output at (x, y) is the input at (a x + b y + c, d x + e y + f); centres of pixels are at 1/2."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix, BICUBIC, fillcolor=FILL)
 
 

@@ -68,12 +68,13 @@ def main():
           "(1/2, 1/2), of the teacher (1/5, 4/5), which says class 1\n")
 
     def row(name, work, value, source=""):
-        print(f"{name:<21}{work:<46}= {value:.4f}  {source}")
+        print(f"{name:<21}{work:<46}= {value:.4f}  {source}".rstrip())
 
     loss, class_term, hard = distillation_loss(class_logits, distillation_logits, label, teacher_logits)
     row("class term", "-log 3/4", class_term)
     row("hard distillation", "-log 1/2", hard)
-    row("hard loss", f"1/2 {class_term:.4f} + 1/2 {hard:.4f}", loss, "equation 3\n")
+    row("hard loss", f"1/2 {class_term:.4f} + 1/2 {hard:.4f}", loss, "equation 3")
+    print()
     loss, class_term, soft = distillation_loss(class_logits, distillation_logits, label, teacher_logits,
                                                kind="soft", alpha=0.1, temperature=1.0)
     row("soft distillation", "1/5 log (1/5)/(1/2) + 4/5 log (4/5)/(1/2)", soft)

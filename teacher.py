@@ -12,6 +12,7 @@ regnet_y_16gf, 82.886 %), a torchvision weights entry (RegNet_Y_16GF_Weights.IMA
 https URL. Files may use torchvision's names, timm's (as the official one), or be checkpoints of train.py.
 """
 import argparse
+import itertools
 import os
 import re
 import signal
@@ -75,8 +76,9 @@ def load_teacher(source="official", num_classes=1000, classes=None):
         checkpoint = read_weights(source)
         model = load_regnet(source, checkpoint=checkpoint)
         known = model.fc.out_features
-    if known != num_classes or deit.other_classes(checkpoint, classes):
-        pairs = zip(checkpoint.get("classes") or (), classes or ())
+    is_named = deit.other_classes(checkpoint, classes)
+    if known != num_classes or is_named:
+        pairs = itertools.zip_longest(checkpoint["classes"], classes) if is_named else ()
         first = next((f", {new!r} where the teacher has {old!r}" for old, new in pairs if old != new), "")
         raise ValueError(f"teacher {source} knows {known} classes and the data has {num_classes}{first}; "
                          "train one for your classes: python train.py --recipe convnet --data DIR --model "
@@ -85,7 +87,7 @@ def load_teacher(source="official", num_classes=1000, classes=None):
 
 
 def could_be_chance(top1, num_images, num_classes):
-    """Whether an accuracy in % is less than three standard deviations above guessing, and not 100."""
+    """Whether an accuracy in % is at most three standard deviations above guessing, and not 100."""
     deviation = ((num_classes - 1) / num_images) ** 0.5 / num_classes
     return top1 / 100 <= 1 / num_classes + 3 * deviation and top1 < 100
 

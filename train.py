@@ -707,8 +707,8 @@ def main():
         command = ["python", "evaluate.py", "--weights", str(folder / "best.pth"), "--data", recipe.data]
         command += ["--teacher", recipe.teacher] * bool(recipe.distill)
         is_chance = teacher.could_be_chance(best["top1"], len(run.val_loader.dataset), len(run.classes))
-        advice = ["which could be chance: try --init, more steps (--epochs, a smaller --batch-size, fewer "
-                  "--warmup-epochs), another --lr, or --rand-augment 0 --erasing 0"] * is_chance
+        advice = ["the best could be chance; may help: --init, more --epochs, a smaller --batch-size, fewer "
+                  "--warmup-epochs, another --lr, --rand-augment 0 --erasing 0"] * is_chance
         print(f"done: top-1 {last['top1']:.2f} after {recipe.epochs} epochs, best {best['top1']:.2f} in "
               f"epoch {best['epoch']}", *advice, shlex.join(command), sep="\n")
     if dist.is_initialized():

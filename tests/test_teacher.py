@@ -92,6 +92,9 @@ def test_a_teacher_that_names_other_classes_is_refused_with_the_first_of_them(tm
     teacher.load_teacher(tmp_path / "named.pth", num_classes=3, classes=["cat", "dog", "owl"])
     with pytest.raises(ValueError, match="knows 3 classes and the data has 3, 'eel' where the teacher has 'dog'; train one"):
         teacher.load_teacher(tmp_path / "named.pth", num_classes=3, classes=["cat", "eel", "owl"])
+    torch.save({"model": state, "classes": 7}, tmp_path / "named.pth")                # no names at all
+    with pytest.raises(ValueError, match="knows 3 classes and the data has 2; train one"):
+        teacher.load_teacher(tmp_path / "named.pth", num_classes=2, classes=["cat", "eel"])
 
 
 def score(correct, images):

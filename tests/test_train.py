@@ -508,7 +508,7 @@ def test_a_run_that_ends_at_chance_says_what_to_try(accuracy, is_said, shared_fo
     assert run_main(train, *small_run(shared_folder, tmp_path / "run", "--epochs", 1)) == 0
     done, *advice, command = capsys.readouterr().out.split("done: ")[1].splitlines()
     assert done.startswith(f"top-1 {accuracy:.2f} after 1 epochs") and command.startswith("python evaluate.py")
-    assert [line.startswith("which could be chance: try --init") for line in advice] == [True] * is_said
+    assert [line.startswith("the best could be chance; may help: --init") for line in advice] == [True] * is_said
 
 
 def test_a_checkpoint_holds_class_names_and_recipe_and_can_start_another_run(shared_folder, tmp_path):
@@ -634,7 +634,9 @@ def test_an_image_that_cannot_be_read_stops_the_run_with_its_path(folder, tmp_pa
     path = folder / "train" / "dog" / "3.jpg"
     path.write_bytes(path.read_bytes()[:300])
     assert run_main(train, *small_run(folder, tmp_path / "run", "--repeats", 1)) == 1
-    assert f"train.py: cannot read image {path}" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"train.py: cannot read image {path}" in printed
+    assert printed.endswith("; python data.py DIR --check finds all such images\n")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(shared_folder, tmp_path, monkeypatch, capsys):
