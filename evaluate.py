@@ -268,8 +268,6 @@ def one_line_errors(program, *kinds):
             raise
         *_, line = str(error).strip().split("\n")            # a loader's worker puts its traceback before
         message = re.sub(r"^(data\.)?\w+(Error|Image): ", "", line)
-        if program == "train.py" and message.startswith("cannot read image"):
-            message += "; python data.py DIR --check finds all such images"
         if lost:                                             # a process, or memory
             message = f"{lost[0]} (memory short? smaller --batch-size, more --accum-steps, fewer --workers)"
         if not isinstance(error, (OSError, ValueError, RuntimeError, ArithmeticError)):

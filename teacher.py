@@ -76,9 +76,9 @@ def load_teacher(source="official", num_classes=1000, classes=None):
         checkpoint = read_weights(source)
         model = load_regnet(source, checkpoint=checkpoint)
         known = model.fc.out_features
-    is_named = deit.other_classes(checkpoint, classes)
-    if known != num_classes or is_named:
-        pairs = itertools.zip_longest(checkpoint["classes"], classes) if is_named else ()
+    names_differ = deit.other_classes(checkpoint, classes)
+    if known != num_classes or names_differ:
+        pairs = itertools.zip_longest(checkpoint["classes"], classes) if names_differ else ()
         first = next((f", {new!r} where the teacher has {old!r}" for old, new in pairs if old != new), "")
         raise ValueError(f"teacher {source} knows {known} classes and the data has {num_classes}{first}; "
                          "train one for your classes: python train.py --recipe convnet --data DIR --model "

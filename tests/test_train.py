@@ -634,9 +634,7 @@ def test_an_image_that_cannot_be_read_stops_the_run_with_its_path(folder, tmp_pa
     path = folder / "train" / "dog" / "3.jpg"
     path.write_bytes(path.read_bytes()[:300])
     assert run_main(train, *small_run(folder, tmp_path / "run", "--repeats", 1)) == 1
-    printed = capsys.readouterr().err
-    assert f"train.py: cannot read image {path}" in printed
-    assert printed.endswith("; python data.py DIR --check finds all such images\n")
+    assert f"train.py: cannot read image {path}" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(shared_folder, tmp_path, monkeypatch, capsys):
