@@ -1,48 +1,39 @@
 """DeiT: the model, whole, and the loading of every published checkpoint.
 
-Sections 3 and 4 of "Training data-efficient image transformers & distillation through attention"
-(https://arxiv.org/abs/2012.12877): the vision transformer, and its distillation token.
+Sections 3 and 4 of "Training data-efficient image transformers & distillation through
+attention" (https://arxiv.org/abs/2012.12877): the vision transformer and its
+distillation token.
 
-    python deit.py                                                  prints the eight published models
-    model = deit.create_model("tiny", distilled=True)               fresh weights
-    model = deit.load_model("tiny-distilled")                       published: 74.476 % top-1 on ImageNet
-    model = deit.load_model("any/checkpoint.pth", image_size=384)   position grid resized to 24 x 24
+    python deit.py                                     the eight published models
+    model = deit.create_model("tiny", distilled=True)  fresh weights
+    model = deit.load_model("tiny-distilled")          published: 74.476 % on ImageNet
+    model = deit.load_model("a.pth", image_size=384)   positions resized to 24 x 24
 
-Shapes, at the right margin where they change: B images, N tokens, D channels, H heads, K classes.
+Shapes, at the right margin where they change:
+B images, N tokens, D channels, H heads, K classes, S pixels.
 """
 import argparse
 import contextlib
 import hashlib
 import math
-import os
 import re
-import warnings
 import zipfile
 from collections import namedtuple
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import StochasticDepth
 
-DEPTH, PATCH_SIZE, HEAD_DIM, LAYER_NORM_EPS = 12, 16, 64, 1e-6
-SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}         # channels, heads: table 1
-
-Published = namedtuple("Published", "size distilled image_size top1 top5 file")    # ImageNet validation, %
-PUBLISHED = {
-    "tiny": Published("tiny", False, 224, 72.202, 91.124, "deit_tiny_patch16_224-a1311bcf.pth"),
-    "tiny-distilled": Published("tiny", True, 224, 74.476, 91.920, "deit_tiny_distilled_patch16_224-b40b3cf7.pth"),
-    "small": Published("small", False, 224, 79.854, 94.968, "deit_small_patch16_224-cd65a155.pth"),
-    "small-distilled": Published("small", True, 224, 81.164, 95.376, "deit_small_distilled_patch16_224-649709d9.pth"),
-    "base": Published("base", False, 224, 81.846, 95.594, "deit_base_patch16_224-b5f2ef4d.pth"),
-    "base-distilled": Published("base", True, 224, 83.372, 96.482, "deit_base_distilled_patch16_224-df68dfff.pth"),
-    "base-384": Published("base", False, 384, 82.890, 96.222, "deit_base_patch16_384-8de9b5d1.pth"),
-    "base-distilled-384": Published("base", True, 384, 85.224, 97.186, "deit_base_distilled_patch16_384-d0272ac0.pth"),
-}
-URLS = {name: f"https://dl.fbaipublicfiles.com/deit/{model.file}" for name, model in PUBLISHED.items()}
+DEPTH = 12
+PATCH_SIZE = 16
+HEAD_DIM = 64
+LAYER_NORM_EPS = 1e-6
+SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}     # D, H: table 1
 
 
-# ---- The model ------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
+# The model
 
 
 class PatchEmbed(nn.Module):
@@ -52,12 +43,12 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, PATCH_SIZE, stride=PATCH_SIZE)
 
-    def forward(self, images):                                                    # (B, 3, S, S)
-        return self.proj(images).flatten(2).transpose(1, 2)                       # (B, patches, D)
+    def forward(self, images):                                       # (B, 3, S, S)
+        return self.proj(images).flatten(2).transpose(1, 2)          # (B, patches, D)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, softmax(q k' / sqrt(64)) v: the paper's equation 1."""
+    """Multi-head self-attention, softmax(q k' / sqrt(64)) v: equation 1."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -65,24 +56,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def split_heads(self, x):
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)                   # (B, H, N, 64)
+    def split_heads(self, x):                                        # (B, N, D)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, HEAD_DIM))    # (B, N, 3, H, 64)
+        return qkv.permute(2, 0, 3, 1, 4)                            # (3, B, H, N, 64)
 
-    def forward(self, x, num_queries=None):                                       # (B, N, D)
-        """Attention to all N tokens, of the first `num_queries` (None: of all)."""
-        if num_queries is None:
-            q, k, v = self.qkv(x).chunk(3, dim=2)
-        else:
-            dim, weight, bias = x.shape[2], self.qkv.weight, self.qkv.bias
-            q = F.linear(x[:, :num_queries], weight[:dim], bias[:dim])
-            k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, dim=2)
-        x = F.scaled_dot_product_attention(*map(self.split_heads, (q, k, v)))     # (B, H, queries, 64)
-        return self.proj(x.transpose(1, 2).flatten(2))                            # (B, queries, D)
+    def forward(self, x, num_queries=None):                          # (B, N, D)
+        """Attends to all N tokens, from the first `num_queries` of them (default: all)."""
+        q, k, v = self.split_heads(x)
+        x = F.scaled_dot_product_attention(q[:, :, :num_queries], k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))               # (B, queries, D)
 
-    def maps(self, x):
-        """The attention of every token to every token, written out: each row sums to 1."""
-        q, k, _ = map(self.split_heads, self.qkv(x).chunk(3, dim=2))
-        return ((q * HEAD_DIM**-0.5) @ k.transpose(2, 3)).softmax(dim=3)          # (B, H, N, N)
+    def maps(self, x):                                               # (B, N, D)
+        """The softmax of equation 1 on its own: row = query, each row sums to 1."""
+        q, k, _ = self.split_heads(x)
+        return ((q * HEAD_DIM**-0.5) @ k.transpose(2, 3)).softmax(dim=3)   # (B, H, N, N)
 
 
 class MLP(nn.Module):
@@ -95,8 +82,26 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops a branch for each image with probability `rate`.
+
+    The activation is divided by the survival rate. torchvision's StochasticDepth rounds
+    1 / (1 - rate) to bfloat16 first, which is off by up to 0.31 % in a whole block.
+    """
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):                                            # (B, N, D)
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.rate
+        return x / (1 - self.rate) * keep
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); `drop_path` drops a branch, per image."""
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, dim, heads, drop_path):
         super().__init__()
@@ -104,296 +109,377 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = MLP(dim)
-        self.drop_path = StochasticDepth(drop_path, mode="row")
+        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, num_outputs=None):
-        """Computes the first `num_outputs` tokens only (None: all); every token is still attended to."""
+    def forward(self, x, num_outputs=None):                          # (B, N, D)
+        """Updates the first `num_outputs` tokens only (default: all)."""
         x = x[:, :num_outputs] + self.drop_path(self.attn(self.norm1(x), num_outputs))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))           # (B, outputs, D)
 
 
 class DeiT(nn.Module):
-    """The transformer of section 3; `distilled` adds the token and the head of section 4. Parameter names and
-    shapes are the official checkpoints'. `image_size` is in pixels; `drop_path` is the rate of the last
-    block, rising linearly from 0 in the first."""
+    """The transformer of section 3, with fresh weights; `distilled` adds the token and the
+    head of section 4. Parameter names and shapes are those of the official checkpoints.
 
-    def __init__(self, size, *, distilled=False, image_size=224, num_classes=1000, drop_path=0.0):
+    `size` is tiny, small or base; `image_size` is in pixels; `drop_path` is the rate of the
+    last block, which rises linearly from 0 in the first. Raises ValueError for an image
+    size that is not a multiple of 16.
+    """
+
+    def __init__(self, size, *, distilled=False, image_size=224, num_classes=1000,
+                 drop_path=0.0):
         super().__init__()
+        if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
+            raise ValueError(f"image size {image_size} is not a multiple of 16 pixels: try "
+                             f"{(image_size // PATCH_SIZE + 1) * PATCH_SIZE}")
+
+        self.size = size
+        self.distilled = distilled
+        self.image_size = image_size
+        self.num_classes = num_classes
+
         dim, heads = SIZES[size]
-        self.size, self.distilled = size, distilled
-        self.image_size, self.num_classes = image_size, num_classes
+        num_patches = (image_size // PATCH_SIZE) ** 2
+        num_tokens = num_patches + (2 if distilled else 1)
         self.patch_embed = PatchEmbed(dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         if distilled:
             self.dist_token = nn.Parameter(torch.empty(1, 1, dim))
-        num_positions = (image_size // PATCH_SIZE) ** 2 + (2 if distilled else 1)
-        self.pos_embed = nn.Parameter(torch.empty(1, num_positions, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / (DEPTH - 1)) for i in range(DEPTH))
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim))
+
+        rates = [drop_path * i / (DEPTH - 1) for i in range(DEPTH)]
+        self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+
         self.head = nn.Linear(dim, num_classes)
         if distilled:
             self.head_dist = nn.Linear(dim, num_classes)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self):
-        """Truncated normal, std 0.02; biases 0. Norms and patches keep PyTorch's defaults, as officially."""
+        """Truncated normal, std 0.02; biases 0. As officially, layer norms and the patch
+        projection keep PyTorch's defaults."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for token in (*self.tokens, self.pos_embed):
-            nn.init.trunc_normal_(token, std=0.02)
+        for parameter in (*self.prefix_tokens, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
 
     @property
-    def tokens(self):
-        """The learned tokens that stand before the patches: class, and distillation if there is one."""
-        return (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)
+    def prefix_tokens(self):
+        """The learned tokens before the patches: [class], or [class, distillation]."""
+        if self.distilled:
+            return [self.cls_token, self.dist_token]
+        return [self.cls_token]
 
-    def embed(self, images):                                                      # (B, 3, S, S)
-        if images.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"this model takes images (B, 3, {self.image_size}, {self.image_size}), not "
-                             f"{tuple(images.shape)}; load_model(..., image_size=...) adapts it")
-        patches = self.patch_embed(images)
-        tokens = [token.expand(len(images), -1, -1) for token in self.tokens]
-        return torch.cat((*tokens, patches), dim=1) + self.pos_embed              # (B, N, D)
+    def embed(self, images):                                         # (B, 3, S, S)
+        patches = self.patch_embed(images)                           # (B, patches, D)
+        tokens = [token.expand(len(images), -1, -1) for token in self.prefix_tokens]
+        x = torch.cat([*tokens, patches], dim=1)                     # (B, N, D)
+        return x + self.pos_embed
 
     def features(self, images):
         """The final class token, and distillation token if there is one: (B, 1 or 2, D)."""
-        x = self.embed(images)
+        x = self.embed(images)                                       # (B, N, D)
         for block in self.blocks[:-1]:
             x = block(x)
-        # the heads read these tokens only, so the last block computes no others: 7 % fewer multiply-adds
-        return self.norm(self.blocks[-1](x, len(self.tokens)))                    # (B, 1 or 2, D)
+
+        # the heads read the prefix tokens only, so the last block updates no others:
+        # 6 % fewer multiply-adds
+        x = self.blocks[-1](x, num_outputs=len(self.prefix_tokens))
+        return self.norm(x)                                          # (B, 1 or 2, D)
 
     def forward_heads(self, images):
-        """(class logits, distillation logits), each (B, K), in either mode. Distilled models only."""
+        """(class logits, distillation logits) in either mode. Distilled models only."""
         x = self.features(images)
-        return self.head(x[:, 0]), self.head_dist(x[:, 1])                        # 2 x (B, K)
+        return self.head(x[:, 0]), self.head_dist(x[:, 1])           # (B, K) each
 
     def forward(self, images):
-        """Logits (B, K). A distilled model gives the pair of its heads in training, their mean in evaluation.
-        (The paper adds their softmaxes; the official code, and so the published numbers, average logits.)"""
+        """Logits (B, K). A distilled model returns the pair of its heads in training mode
+        and their mean in evaluation mode.
+
+        The paper's text adds the two softmaxes; the official code, and so the published
+        accuracies, average the logits.
+        """
         if not self.distilled:
-            return self.head(self.features(images)[:, 0])                         # (B, K)
+            return self.head(self.features(images)[:, 0])            # (B, K)
         class_logits, distillation_logits = self.forward_heads(images)
         if self.training:
             return class_logits, distillation_logits
-        return (class_logits + distillation_logits) / 2
+        return (class_logits + distillation_logits) / 2              # (B, K)
 
     def attention_maps(self, images):
-        """(B, depth, H, N, N): how much each token (row) attends to each (column) in each block; rows sum to
-        1. Tokens are in order class, distillation (if distilled), patches row by row."""
-        x, maps = self.embed(images), []
+        """How much each token (row) attends to each other (column), in every block:
+        (B, depth, H, N, N). Tokens in order: class, distillation if any, patches by row."""
+        x = self.embed(images)
+        maps = []
         for block in self.blocks:
-            maps.append(block.attn.maps(block.norm1(x)))
+            maps.append(block.attn.maps(block.norm1(x)))             # (B, H, N, N)
             x = block(x)
         return torch.stack(maps, dim=1)
 
 
-def create_model(size, *, distilled=False, image_size=224, num_classes=1000, drop_path=0.0):
-    """A DeiT with fresh weights. Raises ValueError for a size, or an image size, that it cannot have."""
-    if size not in SIZES:
-        raise ValueError(f"unknown model size {size!r}: choose one of {', '.join(SIZES)}")
-    if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
-        near = max(1, round(image_size / PATCH_SIZE)) * PATCH_SIZE
-        raise ValueError(f"image size {image_size} is not a multiple of the patches' 16 pixels: try {near}")
-    return DeiT(size, distilled=distilled, image_size=image_size, num_classes=num_classes,
-                drop_path=drop_path)
+create_model = DeiT                      # the name that goes with load_model
 
 
-def count_macs(model):
-    """Multiply-adds for one image, attention products and heads included, of the last block all tokens."""
-    num_tokens, dim = model.pos_embed.shape[1:]
-    num_patches = num_tokens - len(model.tokens)
-    blocks = DEPTH * (12 * num_tokens * dim**2 + 2 * num_tokens**2 * dim)
-    return num_patches * 3 * PATCH_SIZE**2 * dim + blocks + len(model.tokens) * dim * model.num_classes
+# --------------------------------------------------------------------------------------
+# Published checkpoints (section 5; the authors' accuracies on ImageNet's validation set, %)
 
+URL = "https://dl.fbaipublicfiles.com/deit/"
 
-# ---- Checkpoints: four layouts, one set of names --------------------------------------------------
-
-NAMES = {  # what turns other projects' parameter names into the official ones, in this order
-    r"^(module\.|_orig_mod\.)+": "",                             # wrappers of the model
-    r"^backbone\.ln1\.": "norm.", r"^backbone\.layers\.": "blocks.",              # mmpretrain
-    r"^backbone\.|^head\.layers\.": "", r"^patch_embed\.projection\.": "patch_embed.proj.",
-    r"\.ln([12])\.": r".norm\1.", r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.", r"\.ffn\.layers\.1\.": ".mlp.fc2.",
-    r"^(deit|vit)\.(encoder\.layer|layers)\.": "blocks.",         # Hugging Face: files on the hub | memory
-    r"^(deit|vit)\.(embeddings\.)?": "", r"^patch_embeddings\.projection\.": "patch_embed.proj.",
-    "^distillation_token$": "dist_token", "^position_embeddings$": "pos_embed",
-    r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.", r"^layernorm\.": "norm.",
-    r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.": r".attn.\2.",
-    r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
-    r"\.intermediate\.dense\.": ".mlp.fc1.", r"\.output\.dense\.": ".mlp.fc2.",
-    r"^distillation_classifier\.": "head_dist.", r"^(cls_)?classifier\.": "head.",
+Published = namedtuple("Published", "size distilled image_size top1 top5 file")
+PUBLISHED = {
+    "tiny": Published("tiny", False, 224, 72.202, 91.124, "deit_tiny_patch16_224-a1311bcf.pth"),
+    "tiny-distilled": Published("tiny", True, 224, 74.476, 91.920, "deit_tiny_distilled_patch16_224-b40b3cf7.pth"),
+    "small": Published("small", False, 224, 79.854, 94.968, "deit_small_patch16_224-cd65a155.pth"),
+    "small-distilled": Published("small", True, 224, 81.164, 95.376, "deit_small_distilled_patch16_224-649709d9.pth"),
+    "base": Published("base", False, 224, 81.846, 95.594, "deit_base_patch16_224-b5f2ef4d.pth"),
+    "base-distilled": Published("base", True, 224, 83.372, 96.482, "deit_base_distilled_patch16_224-df68dfff.pth"),
+    "base-384": Published("base", False, 384, 82.890, 96.222, "deit_base_patch16_384-8de9b5d1.pth"),
+    "base-distilled-384": Published("base", True, 384, 85.224, 97.186, "deit_base_distilled_patch16_384-d0272ac0.pth"),
 }
 
 
-def adapt_state_dict(state):
-    """A state dict of any of the four layouts under the official names."""
-    adapted = {}
-    for name, tensor in state.items():
-        for pattern, replacement in NAMES.items():
-            name = re.sub(pattern, replacement, name)
-        if name in adapted:
-            raise ValueError(f"it has two tensors for {name!r}")
-        adapted[name] = tensor
-    for name in [name for name in adapted if ".attn.q." in name]:         # query, key, value: one layer here
-        parts = [adapted.pop(name.replace(".q.", part), torch.empty(0)) for part in (".q.", ".k.", ".v.")]
-        adapted[name.replace(".q.", ".qkv.")] = torch.cat(parts)
-    return adapted
+def load_model(source, **settings):
+    """A DeiT from a path, an https URL or a published name, in evaluation mode.
 
-
-def find_state_dict(checkpoint, ema=False):
-    """The state dict in what a file holds, empty if there is none; with `ema` that of averaged weights."""
-    if not isinstance(checkpoint, dict):
-        return {}
-    wrappers = ("averaged_model", "model_ema", "state_dict_ema") if ema else ("model", "state_dict")
-    bare = {} if ema else checkpoint
-    state = next((checkpoint[key] for key in wrappers if isinstance(checkpoint.get(key), dict)), bare)
-    return {name: value for name, value in state.items()
-            if isinstance(name, str) and isinstance(value, torch.Tensor)}
-
-
-def infer_architecture(state):
-    """(size, distilled, image size, number of classes). Raises ValueError for another vision transformer."""
-    dim, positions = state["cls_token"].shape[2], state["pos_embed"].shape[1]
-    size = next((name for name, (width, _) in SIZES.items() if width == dim), None)
-    num_tokens = 2 if "dist_token" in state else 1
-    side = math.isqrt(max(positions - num_tokens, 0))
-    if size is None or not 0 < side <= 256 or side**2 + num_tokens != positions or "head.weight" not in state:
-        raise ValueError(f"no DeiT, which has a width of 192, 384 or 768 (this: {dim}), a square and "
-                         f"{num_tokens} positions (this: {positions}), and a classifier, head.weight")
-    return size, num_tokens == 2, side * PATCH_SIZE, len(state["head.weight"])
-
-
-def adapt_to_model(state, distilled, model):
-    """Makes the weights of a DeiT, `distilled` or not, fit `model`, which may have another image size, or the
-    distillation token that they lack, or lack theirs. Positions are interpolated, bicubic, which keeps the
-    vectors' norm (section 3), without antialiasing, as the published 384 models were made."""
-    fresh, num_tokens, parts = model.state_dict(), 2 if distilled else 1, ("dist_token", "head_dist.")
-    tokens, grid = state["pos_embed"][:, :num_tokens], state["pos_embed"][:, num_tokens:]
-    side, new_side = math.isqrt(grid.shape[1]), model.image_size // PATCH_SIZE
-    if side != new_side:
-        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()        # (1, D, side, side)
-        grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
-        grid = grid.flatten(2).transpose(1, 2).to(tokens.dtype)                   # (1, patches, D)
-    if distilled != model.distilled:
-        tokens = torch.cat((tokens[:, :1], fresh["pos_embed"][:, 1:len(model.tokens)]), dim=1)
-        state = {name: value for name, value in state.items() if not name.startswith(parts)}
-        state |= {name: value for name, value in fresh.items() if name.startswith(parts)}
-    return state | {"pos_embed": torch.cat((tokens, grid), dim=1)}
-
-
-def load_model(source, *, image_size=None, num_classes=None, classes=None, distilled=None, drop_path=0.0,
-               ema=False, checkpoint=None):
-    """A DeiT from a path, an https URL or a published name; in evaluation mode.
-
-    Size, distilled or not, image size and classes come from the tensors, in the official (or timm's),
-    mmpretrain's, Hugging Face's or this project's layout; loading is strict. `image_size` resizes the grid of
-    positions; other `num_classes` or `classes` (names) than the file's give fresh heads; another `distilled`
-    a new distillation token and head, or none; each is said. `checkpoint`: what read_checkpoint(source) gave.
-    Raises FileNotFoundError or ValueError."""
-    checkpoint = read_checkpoint(source) if checkpoint is None else checkpoint
+    Size, distilled or not, image size and classes come from the tensors, which may have the
+    official (or timm's), mmpretrain's, Hugging Face's or this project's names. Loading is
+    strict. The `settings` image_size, num_classes, distilled and drop_path are create_model's.
+    What is asked for and not in the file is adapted: positions are resized, heads or the
+    distillation token and head are fresh, and a line says which. Raises OSError or
+    ValueError naming the source.
+    """
+    checkpoint = read_checkpoint(source)
     with naming(source):
-        state = adapt_state_dict(find_state_dict(checkpoint, ema))
-        if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
-            raise ValueError(f"no {'averaged weights of a ' * ema}DeiT: expected cls_token, pos_embed, "
-                             "patch_embed.proj.weight, ... (or mmpretrain's or Hugging Face's names for "
-                             f"them), found {str(list(checkpoint))[:90]}")
-        size, was_distilled, file_image_size, file_classes = infer_architecture(state)
-        model = create_model(size, distilled=was_distilled if distilled is None else distilled,
-                             image_size=image_size or file_image_size, drop_path=drop_path,
-                             num_classes=num_classes or len(classes or ()) or file_classes)
-        state, changes = adapt_to_model(state, was_distilled, model), []
-        if model.distilled != was_distilled:
-            changes.append(("fresh" if model.distilled else "without its") + " distillation token and head")
-        if model.num_classes != file_classes or other_classes(checkpoint, classes):
-            changes.append(f"fresh head for {model.num_classes} classes; the file's {file_classes} differ")
-            state |= {name: value for name, value in model.state_dict().items() if name.startswith("head")}
-        load_strictly(model, state)
-    if changes and os.environ.get("RANK", "0") == "0":              # under torchrun once, not per process
-        print(f"{source}: {', '.join(changes)}")
+        return model_from_state_dict(find_state_dict(checkpoint), **settings)
+
+
+def model_from_state_dict(state, *, image_size=None, num_classes=None, distilled=None,
+                          drop_path=0.0, fresh_head=False):
+    """load_model for a state dict under the official names; `fresh_head` replaces the heads
+    even if their number of classes is right."""
+    size, was_distilled, file_image_size, file_classes = infer_architecture(state)
+    if distilled is None:
+        distilled = was_distilled
+    model = DeiT(size, distilled=distilled, image_size=image_size or file_image_size,
+                 num_classes=num_classes or file_classes, drop_path=drop_path)
+    fresh = model.state_dict()
+
+    # positions: of the class token, of the distillation token if any, of a grid of patches
+    tokens, grid = state["pos_embed"].tensor_split([2 if was_distilled else 1], dim=1)
+    grid = resize_positions(grid, model.image_size // PATCH_SIZE)
+    if distilled != was_distilled:
+        of_dist_token = fresh["pos_embed"][:, 1:len(model.prefix_tokens)]
+        tokens = torch.cat([tokens[:, :1], of_dist_token], dim=1)
+        state = replace_parts(state, fresh, ("dist_token", "head_dist."))
+    state = {**state, "pos_embed": torch.cat([tokens, grid], dim=1)}
+
+    if fresh_head or model.num_classes != file_classes:
+        state = replace_parts(state, fresh, ("head.", "head_dist."))
+    load_strictly(model, state)
     return model.eval()
 
 
-# ---- Files that may be anything -------------------------------------------------------------------
+def infer_architecture(state):
+    """(size, distilled, image size, number of classes) of a state dict under the official
+    names. Raises ValueError if it is not a DeiT's."""
+    if not {"pos_embed", "head.weight"} <= state.keys():
+        raise ValueError("not a DeiT: expected pos_embed, head.weight, ..., or mmpretrain's or "
+                         f"Hugging Face's names for them; found {list(state)[:3]}")
+    distilled = "dist_token" in state
+    _, num_positions, dim = state["pos_embed"].shape
+    side = math.isqrt(num_positions - (2 if distilled else 1))
+    for size, (width, _) in SIZES.items():
+        if width == dim:
+            return size, distilled, side * PATCH_SIZE, len(state["head.weight"])
+    raise ValueError(f"not a DeiT: expected a width of 192, 384 or 768, found {dim}")
+
+
+def resize_positions(grid, new_side):                                # (1, patches, D)
+    """Bicubic, which keeps the vectors' norm (section 3), and without antialiasing, as the
+    published 384-pixel models were made. The identity when the size does not change."""
+    side = math.isqrt(grid.shape[1])
+    if side == new_side:
+        return grid
+    grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)       # (1, D, side, side)
+    grid = F.interpolate(grid.float(), size=(new_side, new_side), mode="bicubic",
+                         align_corners=False)
+    return grid.flatten(2).transpose(1, 2)                           # (1, new patches, D)
+
+
+def replace_parts(state, fresh, prefixes):
+    """`state` with the entries that begin with one of `prefixes` taken from `fresh`, and a
+    line that names them."""
+    kept = {name: value for name, value in state.items() if not name.startswith(prefixes)}
+    new = {name: value for name, value in fresh.items() if name.startswith(prefixes)}
+    if new:
+        print(f"fresh weights, not from the file: {', '.join(new)}")
+    return kept | new
+
+
+# --------------------------------------------------------------------------------------
+# Four layouts, one set of names
+
+# Keys under which a checkpoint may hold its weights; the last one that it has is meant.
+# (Ours is averaged_model since timm would open model_ema in preference to model.)
+WRAPPERS = ("state_dict", "model")
+AVERAGED = ("state_dict_ema", "model_ema", "averaged_model")
+
+# Regular expressions that turn the names of other projects into the official ones. They
+# are applied in this order, each to the result of those before.
+RENAMES = [
+    # wrappers: DistributedDataParallel, torch.compile
+    (r"^(module\.|_orig_mod\.)+", ""),
+
+    # mmpretrain
+    (r"^backbone\.ln1\.", "norm."),
+    (r"^backbone\.layers\.", "blocks."),
+    (r"^(backbone\.|head\.layers\.)", ""),
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"\.ln([12])\.", r".norm\1."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+
+    # Hugging Face: encoder.layer and attention.attention.query in files, layers and
+    # attention.q_proj in the memory of transformers 5
+    (r"^(deit|vit)\.(encoder\.layer|layers)\.", "blocks."),
+    (r"^(deit|vit)\.(embeddings\.)?", ""),
+    (r"^patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^distillation_token$", "dist_token"),
+    (r"^position_embeddings$", "pos_embed"),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"^layernorm\.", "norm."),
+    (r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\2."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"^distillation_classifier\.", "head_dist."),
+    (r"^(cls_)?classifier\.", "head."),
+]
+
+
+def official_names(state):
+    """A state dict of any of the four layouts under the official names."""
+    renamed = {}
+    for name, tensor in state.items():
+        name = str(name)
+        for pattern, replacement in RENAMES:
+            name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise ValueError(f"it has two tensors for {name!r}")
+        renamed[name] = tensor
+
+    # Hugging Face keeps query, key and value apart
+    for name in list(renamed):
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if ".attn.q." in name and renamed.keys() >= set(parts):
+            joined = torch.cat([renamed.pop(part) for part in parts])
+            renamed[name.replace(".attn.q.", ".attn.qkv.")] = joined
+    return renamed
+
+
+def find_state_dict(checkpoint, ema=False):
+    """The tensors of a checkpoint under the official names; with `ema`, those of averaged
+    weights. Raises ValueError if there are no averaged weights."""
+    state = {} if ema else checkpoint                                # a bare state dict
+    keys = AVERAGED if ema else WRAPPERS
+    for key in keys:
+        if isinstance(checkpoint.get(key), dict):
+            state = checkpoint[key]
+    if ema and not state:
+        raise ValueError("it holds no averaged weights")
+    return official_names({name: value for name, value in state.items()
+                           if isinstance(value, torch.Tensor)})
+
+
+def load_strictly(model, state):
+    """Raises RuntimeError for names or shapes other than the model's, ValueError for values
+    that are not finite floating-point numbers."""
+    model.load_state_dict(state, strict=True)
+    for name, tensor in model.state_dict().items():
+        is_number = state[name].dtype == tensor.dtype or state[name].is_floating_point()
+        if not is_number or not tensor.isfinite().all():
+            raise ValueError(f"its {name} is not made of finite floating-point numbers")
+
+
+# --------------------------------------------------------------------------------------
+# Files that may be anything
+
+
+def read_checkpoint(source):
+    """The dict that a file, an https URL or a published name holds: tensors and plain
+    values, read without executing anything. Raises OSError for a file that is not there or
+    cannot be downloaded, ValueError for one that is damaged or holds anything else."""
+    if source in PUBLISHED:
+        source = URL + PUBLISHED[source].file
+    if str(source).startswith("https://"):
+        source = download(source)
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {str(source)!r}: give a path, an https URL or "
+                                f"one of {', '.join(PUBLISHED)}")
+    try:
+        return dict(read_file(path))
+    except Exception as error:           # whatever a damaged file makes torch or zipfile raise
+        # torch's message is a page that also advises to execute the file; what counts stands
+        # between "WeightsUnpickler error: " and "Please" or "Check the documentation"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = re.sub(r".*error: |Please.*|Check the doc.*", "", reason)
+        raise ValueError(f"cannot read tensors and plain values from {path}: {reason}") from error
+
+
+def read_file(path):
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file      # a package that only such files need
+        return load_file(path)
+
+    # torch compares no checksums, and skips an entry that is marked as a folder
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() or any(entry.external_attr & 16 for entry in archive.filelist):
+                raise ValueError("it is damaged: a checksum or an entry is wrong")
+
+    # the official files hold the flags of their run
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def download(url):
+    """The path of the file behind an https URL, in torch.hub's cache. A hash in its name
+    ("-a1311bcf.pth") is checked; without one, the cached name begins with the URL's."""
+    name = url.split("?")[0].rsplit("/", 1)[-1]
+    hash_in_name = re.search(r"-([0-9a-f]{8,})\.", name)
+    if hash_in_name is None:
+        name = hashlib.sha256(url.encode()).hexdigest()[:8] + "-" + name
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, path, hash_in_name and hash_in_name[1])
+        except (OSError, RuntimeError) as error:         # RuntimeError: another hash
+            raise OSError(f"cannot download {url} to {path}: {error}") from error
+    return path
 
 
 @contextlib.contextmanager
 def naming(source):
-    """Whatever a file makes torch or Python raise in here becomes a ValueError of one line that names it."""
+    """Names the file in what its tensors make torch or this module raise, in one line."""
     try:
         yield
-    except Exception as error:
-        text = re.sub(r"(?s)Weights only load.*?(error:|\n\n)|(Please|Check the doc).*", "", str(error))
-        kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
-        raise ValueError(f"{source}: {kind}{' '.join(text.split())[:300]}") from None
-
-
-def download(url):
-    """The path of the file behind an https URL, in torch.hub's cache. A hash in its name ("-a1311bcf.pth")
-    is checked; without one the URL becomes part of the cached name."""
-    name = url.split("?")[0].rsplit("/", 1)[-1]
-    hashed = re.search(r"-([0-9a-f]{8,})\.", name)
-    if not hashed:
-        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.hub.download_url_to_file(url, path, hashed and hashed[1])
-    return path
-
-
-def read_checkpoint(source, names=tuple(PUBLISHED)):
-    """What a file, an https URL or a published name holds, read without executing anything in it. Raises
-    FileNotFoundError, or ValueError for what is damaged or not made of tensors and plain values."""
-    path = URLS.get(str(source), str(source))
-    if path.startswith("https://"):
-        with naming(f"cannot download {path} to {torch.hub.get_dir()}/checkpoints"):
-            path = download(path)
-    elif not os.path.isfile(path):
-        raise FileNotFoundError(f"no weights file {path!r}: give a path, a URL or {', '.join(names)}")
-    with naming(f"cannot read weights {path}"):
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file                          # only such files need it
-            return load_file(path)
-        archive = zipfile.is_zipfile(path) and zipfile.ZipFile(path)     # torch does not look; skips folders
-        if archive and (archive.testzip() or any(entry.external_attr & 0x10 for entry in archive.infolist())):
-            raise ValueError("it is damaged: a checksum is wrong, or an entry")
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(record=True):
-            return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def load_strictly(model, state):
-    """Raises RuntimeError for other names or shapes, ValueError for values that are not finite floats."""
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    strange = [name for name, tensor in state.items() if tensor.is_meta or not (
-        tensor.dtype in floats or name.endswith("num_batches_tracked"))]         # batch norm's
-    if not strange:
-        model.load_state_dict(state, strict=True)
-        strange = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    if strange:
-        raise ValueError(f"its {strange[0]} is not made of finite floating-point numbers")
-
-
-def other_classes(checkpoint, classes):
-    """Whether the file names its classes, and not these."""
-    known = checkpoint.get("classes")
-    return bool(classes) and isinstance(known, (list, tuple)) and list(known) != list(classes)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{source}: {' '.join(str(error).split())[:300]}") from error
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prints the table of the eight published models.")
-    parser.error = lambda message: parser.exit(2, f"deit.py: {message}\n")
-    parser.parse_args()
-    print(f"{'model':<20} tokens  image  parameters    GMACs    top-1    top-5  file")
-    for name, (size, distilled, image_size, top1, top5, file) in PUBLISHED.items():
-        with torch.device("meta"):                                       # shapes only: nothing is allocated
-            model = create_model(size, distilled=distilled, image_size=image_size)
+    print("published, in %     parameters    top-1    top-5  file")
+    for name, row in PUBLISHED.items():
+        with torch.device("meta"):                       # shapes only: nothing is allocated
+            model = DeiT(row.size, distilled=row.distilled, image_size=row.image_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{name:<20}{model.pos_embed.shape[1]:>7}{image_size:>7}{parameters:>12,}"
-              f"{count_macs(model) / 1e9:>9.4f}{top1:>9.3f}{top5:>9.3f}  {file}")
-    print("top-1 and top-5: as published by the authors, ImageNet validation, %")
+        print(f"{name:<18}{parameters:>12,}{row.top1:>9.3f}{row.top5:>9.3f}  {row.file}")
 
 
 if __name__ == "__main__":

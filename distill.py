@@ -1,87 +1,86 @@
 """The distillation objectives of DeiT, as pure functions of logits.
 
-Section 4 of "Training data-efficient image transformers & distillation through attention"
-(https://arxiv.org/abs/2012.12877): a transformer learns from the labels through its class token and from
-a convnet through its distillation token. With hard labels (equation 3) DeiT-Ti reaches 74.5 % top-1
-instead of 72.2 %.
+Section 4 of "Training data-efficient image transformers & distillation through
+attention" (https://arxiv.org/abs/2012.12877): a transformer learns from the labels
+through its class token and from a convnet through its distillation token. With hard
+labels (equation 3) DeiT-Ti reaches 74.5 % top-1 instead of 72.2 %.
 
-    python distill.py         works the objectives through on an example small enough for a pencil
+    python distill.py     works through the objectives on an example you can check by hand
 
-Every function takes logits (B, K), B images and K classes, and returns scalar tensors: means over images.
+Logits are (B, K): B images, K classes. Every function returns scalars, means over images.
 """
-import argparse
-
 import torch
 import torch.nn.functional as F
 
 
-def hard_distillation(logits, teacher_logits):
-    """Cross-entropy with the teacher's decision as the label: second term of equation 3.
+def hard_distillation(logits, teacher_labels):
+    """Cross-entropy with the teacher's decisions as labels: second term of equation 3.
 
-    The label is argmax(teacher_logits), one for each image even where two were mixed, and not smoothed.
+    `teacher_labels` (B,) is the argmax of the teacher's logits for the very images that
+    the student sees: one label per image, even if the image is mixed, and not smoothed.
     """
-    return F.cross_entropy(logits, teacher_logits.argmax(dim=1))
+    return F.cross_entropy(logits, teacher_labels)
 
 
 def soft_distillation(logits, teacher_logits, temperature):
     """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)), averaged over images:
     second term of equation 2.
 
-    The official code divides the sum by B K instead of B, so its term is K times smaller than
-    the paper's. Writing a for its alpha, the same direction of the gradient comes from alpha
-    = (a / K) / (1 - a + a / K) here.
+    The official code divides the sum by B K instead of B, so its term is K times smaller
+    than the paper's. If a is the alpha given there, alpha = (a / K) / (1 - a + a / K)
+    gives the same direction of the gradient here.
     """
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     student = F.log_softmax(logits / temperature, dim=1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * kl
 
 
-def distillation_loss(class_logits, distillation_logits, targets, teacher_logits, *, kind="hard", alpha=0.5,
-                      temperature=3.0, label_smoothing=0.0):
-    """(1 - alpha) cross_entropy(class head, targets) + alpha distillation(distillation head, teacher).
+def distillation_loss(class_logits, distillation_logits, targets, teacher_output, *,
+                      kind="hard", alpha=0.5, temperature=3.0, label_smoothing=0.0):
+    """(1 - alpha) cross_entropy(class head, targets)
+    + alpha distillation(distillation head, teacher): equations 2 and 3.
 
-    `targets` are class indices (B,) or probabilities (B, K), smoothed here by `label_smoothing` and
-    nowhere else; the teacher's labels are not smoothed. The paper uses alpha 1/2 for kind "hard" (equation
-    3), and alpha 0.1 with temperature 3 for kind "soft" (equation 2). Returns (loss, class term,
-    distillation term), the terms unweighted. Raises ValueError for another kind.
+    `targets` are class indices (B,) or probabilities (B, K); they are smoothed here, by
+    `label_smoothing`, and nowhere else. `teacher_output` is the teacher's labels (B,) if
+    `kind` is "hard" (the paper: alpha 1/2) and its logits (B, K) if it is "soft" (alpha
+    0.1, temperature 3). Returns (loss, class term, distillation term), both terms
+    unweighted. Raises ValueError for another kind.
     """
     class_term = F.cross_entropy(class_logits, targets, label_smoothing=label_smoothing)
+
     if kind == "hard":
-        distillation_term = hard_distillation(distillation_logits, teacher_logits)
+        distillation_term = hard_distillation(distillation_logits, teacher_output)
     elif kind == "soft":
-        distillation_term = soft_distillation(distillation_logits, teacher_logits, temperature)
+        distillation_term = soft_distillation(distillation_logits, teacher_output, temperature)
     else:
         raise ValueError(f"unknown kind of distillation {kind!r}: choose hard or soft")
-    return (1 - alpha) * class_term + alpha * distillation_term, class_term, distillation_term
+
+    loss = (1 - alpha) * class_term + alpha * distillation_term
+    return loss, class_term, distillation_term
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Works the objectives through on one image and two classes.")
-    parser.error = lambda message: parser.exit(2, f"distill.py: {message}\n")
-    parser.parse_args()
-    # with two classes and logits (log a, log b) the softmax is (a, b) / (a + b): all numbers are fractions
+    # With two classes and logits (log a, log b), the softmax is (a, b) / (a + b).
     class_logits = torch.tensor([[3.0, 1.0]]).log()
     distillation_logits = torch.tensor([[1.0, 1.0]]).log()
     teacher_logits = torch.tensor([[1.0, 4.0]]).log()
-    label = torch.tensor([0])
-    print("one image, two classes, label 0; softmax of the class head (3/4, 1/4), of the distillation head\n"
-          "(1/2, 1/2), of the teacher (1/5, 4/5), which says class 1\n")
+    student = class_logits, distillation_logits, torch.tensor([0])     # and the label
 
-    def row(name, work, value, source=""):
-        print(f"{name:<21}{work:<46}= {value:.4f}  {source}".rstrip())
+    hard = distillation_loss(*student, teacher_logits.argmax(dim=1))
+    soft = distillation_loss(*student, teacher_logits, kind="soft", alpha=0.1, temperature=1.0)
+    print("""\
+One image, two classes, label 0. Softmax of the class head (3/4, 1/4), of the
+distillation head (1/2, 1/2), of the teacher (1/5, 4/5), whose decision is class 1.
 
-    loss, class_term, hard = distillation_loss(class_logits, distillation_logits, label, teacher_logits)
-    row("class term", "-log 3/4", class_term)
-    row("hard distillation", "-log 1/2", hard)
-    row("hard loss", f"1/2 {class_term:.4f} + 1/2 {hard:.4f}", loss, "equation 3")
-    print()
-    loss, class_term, soft = distillation_loss(class_logits, distillation_logits, label, teacher_logits,
-                                               kind="soft", alpha=0.1, temperature=1.0)
-    row("soft distillation", "1/5 log (1/5)/(1/2) + 4/5 log (4/5)/(1/2)", soft)
-    row("soft loss", f"9/10 {class_term:.4f} + 1/10 {soft:.4f}", loss, "equation 2, lambda 0.1, tau 1")
-    print("with tau 2, softmax of half the logits: teacher (1/3, 2/3)")
-    row("soft distillation", "4 (1/3 log 2/3 + 2/3 log 4/3)",
-        soft_distillation(distillation_logits, teacher_logits, 2.0))
+hard loss (equation 3)      {:.4f} = 1/2 class term + 1/2 hard distillation
+class term                  {:.4f} = -log 3/4
+hard distillation           {:.4f} = -log 1/2
+
+soft loss (equation 2)      {:.4f} = 9/10 class term + 1/10 soft distillation
+class term                  {:.4f} = -log 3/4
+soft distillation, tau = 1  {:.4f} = 1/5 log (1/5)/(1/2) + 4/5 log (4/5)/(1/2)\
+""".format(*hard, *soft))
 
 
 if __name__ == "__main__":

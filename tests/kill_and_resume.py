@@ -1,15 +1,14 @@
-"""Kills a training run with SIGKILL at random moments, again and again, and compares how it ends with one left alone.
+"""Kills a run at random moments with SIGKILL, resumes it, and compares it with a run left alone.
 
-    python tests/kill_and_resume.py [--kills 20] [--processes 1] [--workers 1] [--seed 0] [--elastic]
+    python tests/kill_and_resume.py [--kills 20] [--processes 1] [--seed 0]
 
-The command is the same each time, with --resume. With --elastic one rank of a run under torchrun --max-restarts is
-killed, and torchrun repeats the command; otherwise all processes die at once, and it is started again.
+After a kill the same command is started again, with --resume. Several processes run under
+torchrun --max-restarts: every second kill is of one rank only, and torchrun starts them again.
 
-Prints the step that each kill left saved, and whether it came while the next was being written. Exit status 0 if in the
+Prints how many epochs each kill left, and the file that it left unfinished. Exit status 0 if in the
 end last.pth, best.pth and log.jsonl are the same, tensor by tensor and byte by byte.
 """
 import argparse
-import contextlib
 import os
 import random
 import signal
@@ -24,93 +23,111 @@ import torch
 from conftest import ROOT, difference_of_runs, write_folder
 
 
-def start(folder, output, epochs, processes, workers, *more, restarts=0):
-    """A run in a process group of its own; what it prints goes to <output>.txt."""
-    program = [sys.executable]
+def write_images(root):
+    """Two batches of 12 to train on, and two images for each of three processes to validate on."""
+    return write_folder(root, train=8, val=2)
+
+
+def small_run(images, output, *more):
+    return ("--data", images, "--image-size", 32, "--batch-size", 12, "--warmup-epochs", 1,
+            "--ema", 0.9, "--precision", "fp32", "--workers", 0, "--output", output, *more)
+
+
+def start(images, output, epochs, processes):
+    """A run in the background; what it prints goes to <output>.txt."""
+    program, workers = [sys.executable], 1
     if processes > 1:
         program += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                    f"--max-restarts={restarts}"]
-    flags = ["--data", folder, "--image-size", 32, "--batch-size", 16, "--epochs", epochs, "--warmup-epochs", 1,
-             "--ema", 0.9, "--workers", workers, "--output", output, *more]
+                    "--max-restarts=1"]
+        workers = 0
+    flags = small_run(images, output, "--epochs", epochs, "--workers", workers, "--resume")
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(f"{output}.txt", "w") as printed:
-        return subprocess.Popen([*program, str(ROOT / "tests" / "train_with_faults.py"), *map(str, flags)], env=env,
-                                start_new_session=True, stdout=printed, stderr=subprocess.STDOUT)
+    with open(f"{output}.txt", "a") as printed:
+        return subprocess.Popen(map(str, [*program, ROOT / "train.py", *flags]), env=env,
+                                stdout=printed, stderr=printed)
 
 
-def family(process):
-    """The pids of the process and of all that it has started: torchrun's are in process groups of their own."""
-    pids = [process.pid]
-    for pid in pids:                                                     # it grows
-        with contextlib.suppress(FileNotFoundError):
-            pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    return pids
+def finish(process, output):
+    assert process.wait(timeout=300) == 0, Path(f"{output}.txt").read_text()[-2000:]
 
 
-def signal_all(process, number):
-    for pid in family(process):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+def wait_for_saves(process, output, number):
+    """Until last.pth has been replaced that many times."""
+    def last_written():
+        return last.stat().st_mtime_ns if last.exists() else None
+
+    last, deadline = output / "last.pth", time.monotonic() + 120
+    for _ in range(number):
+        before = last_written()
+        while last_written() == before:
+            alive = process.poll() is None and time.monotonic() < deadline
+            assert alive, Path(f"{output}.txt").read_text()[-2000:]
+            time.sleep(0.005)
 
 
-def kill(process):
-    """SIGKILL for all of its processes at once."""
-    signal_all(process, signal.SIGKILL)
+def children(process):
+    """The pids of torchrun's ranks, or of the workers of a process's loaders."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def kill(process, ranks=()):
+    for pid in (process.pid, *ranks):
+        os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
-def kill_one_rank(torchrun, rng):
-    """SIGKILL for one of the processes that torchrun has started; returns its pid."""
-    ranks = []
-    while not ranks:                                                     # it may be about to restart them
-        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-        with contextlib.suppress(FileNotFoundError):
-            ranks = [int(pid) for pid in children if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
-    victim = rng.choice(ranks)
-    os.kill(victim, signal.SIGKILL)
-    return victim
+def kill_and_resume(images, alone, cut, epochs, *, processes=1, kills=1, seed=0):
+    """A run in the folder `cut`, killed and resumed until it ends; `alone` is the same, left alone.
+    Returns the pids of the loaders' workers that lost their process."""
+    rng = random.Random(seed)
+    seconds = (alone / "last.pth").stat().st_mtime - (alone / "recipe.json").stat().st_mtime
+    orphans = []
+
+    process = start(images, cut, epochs, processes)
+    try:
+        for number in range(1, kills + 1):
+            wait_for_saves(process, cut, 2)                  # the first is before the first step
+            time.sleep(rng.uniform(0, seconds / epochs))     # anywhere in the next epoch
+
+            if processes == 1:
+                orphans += children(process)
+                kill(process)
+            elif number % 2:
+                kill(process, children(process))
+            else:
+                os.kill(rng.choice(children(process)), signal.SIGKILL)
+            done = len(torch.load(cut / "last.pth", weights_only=True)["log"])
+            unfinished = [path.name for path in cut.glob("*.tmp")]
+            print(f"kill {number}: {done} epochs done", *unfinished, flush=True)
+
+            if process.returncode is not None:               # else torchrun starts them again
+                process = start(images, cut, epochs, processes)
+        finish(process, cut)
+    finally:
+        if process.poll() is None:
+            kill(process, children(process))
+    return orphans
 
 
-def survive(place, kills, processes, workers, seed, elastic=False):
-    """Runs, kills, resumes until it has ended; returns (kills, first difference from a run left alone or None)."""
-    folder, last, rng = write_folder(place / "images"), place / "cut" / "last.pth", random.Random(seed)
-    printed = place / "cut.txt"
-    run = 3 + 2 * kills, processes, workers                              # three steps an epoch, saved at each
-    assert start(folder, place / "whole", *run).wait() == 0, (place / "whole.txt").read_text()[-2000:]
-    process = start(folder, place / "cut", *run, "--resume", restarts=kills)
-    for kill_number in range(1, kills + 1):
-        wait_for_saves(process, last, rng.randint(1, 2))
-        time.sleep(rng.uniform(0, 0.3))
-        if process.poll() is not None:
-            return kill_number - 1, f"it ended too early: {printed.read_text()[-2000:]}"
-        writing = last.with_name("last.pth.tmp").exists()
-        victim = kill_one_rank(process, rng) if elastic else kill(process)
-        step = torch.load(last, weights_only=True)["state"]["step"]
-        print(f"kill {kill_number}{f' (process {victim})' if victim else ''}: saved at step {step}"
-              f"{', in the middle of writing the next' if writing else ''}", flush=True)
-        if not elastic:
-            process = start(folder, place / "cut", *run, "--resume")
-    if process.wait():
-        return kills, f"it failed: {printed.read_text()[-2000:]}"
-    return kills, difference_of_runs(place / "whole", place / "cut")
+def main():
+    parser = argparse.ArgumentParser(description="Kills a run again and again, and resumes it.")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    epochs = 3 * args.kills + 3
 
-
-def wait_for_saves(process, path, number):
-    """Until the file has been written that many times."""
-    before, seen = path.stat().st_mtime_ns if path.exists() else 0, 0
-    while seen < number and process.poll() is None:
-        time.sleep(0.002)
-        now = path.stat().st_mtime_ns if path.exists() else 0
-        seen, before = seen + (now != before), now
+    with tempfile.TemporaryDirectory() as place:
+        alone, cut = Path(place, "alone"), Path(place, "cut")
+        images = write_images(Path(place, "images"))
+        finish(start(images, alone, epochs, args.processes), alone)
+        kill_and_resume(images, alone, cut, epochs, processes=args.processes, kills=args.kills,
+                        seed=args.seed)
+        found = difference_of_runs(alone, cut)
+    print(f"{args.kills} kills survived, " + (f"but {found}" if found else "every bit the same"))
+    sys.exit(found is not None)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("kills", 20), ("processes", 1), ("workers", 1), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--elastic", action="store_true")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        killed, found = survive(Path(place), args.kills, args.processes, args.workers, args.seed, args.elastic)
-    print(f"{killed} kills survived, " + (f"but {found}" if found else "nothing lost, every bit the same"))
-    sys.exit(found is not None)
+    main()
