@@ -5,7 +5,7 @@ attention" (https://arxiv.org/abs/2012.12877). In the paper's ablation (table 8)
 loses 2.2 points without RandAugment, 5.3 without repeated augmentation, 6.0 without mixup
 and CutMix, and diverges without erasing.
 
-    python data.py DIR           draws contact_sheet.png: what the model will see
+    python data.py DIR           draws contact_sheet.png: the paper's augmentation
     python data.py DIR --check   opens every image and names the unreadable ones
 
 DIR has train/ and val/ with a folder of images per class, or is one of the names demo,
@@ -39,7 +39,7 @@ FILL = (124, 116, 104)               # the mean in bytes, for pixels from outsid
 
 
 def seed_from(*numbers):
-    """A 64-bit seed from a few non-negative integers; any other last one changes it wholly."""
+    """A 64-bit seed from non-negative integers. Zeros at the end do not change it."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -146,7 +146,7 @@ def short_side(image_size, crop_ratio=0.875):
 
 
 def resize_short_side(image, pixels):
-    """Bicubic, aspect kept. First the columns, then the rows: the order Pillow used when
+    """Bicubic, aspect kept. First horizontally, then vertically: the order Pillow used when
     the numbers were published; Pillow 13 reverses it for images more than twice as tall as
     wide."""
     width = int(pixels * image.width / min(image.size))
@@ -155,7 +155,7 @@ def resize_short_side(image, pixels):
 
 
 def eval_transform(image_size, *, crop_ratio=0.875):
-    """RGB Pillow image to the uint8 view (3, S, S) of which the numbers were published."""
+    """RGB Pillow image to the uint8 view (3, S, S) used for the published numbers."""
     return transforms.Compose([
         partial(resize_short_side, pixels=short_side(image_size, crop_ratio)),
         transforms.CenterCrop(image_size),
@@ -310,6 +310,7 @@ def read_rgb(path):
 
 def class_folders(root):
     """The names of the class folders, sorted. Raises ValueError if there is none."""
+    # not is_file(): a dead link is listed as well, and then an error
     classes = sorted(entry.name for entry in os.scandir(root)
                      if not entry.is_file() and not entry.name.startswith(SKIPPED))
     if not classes:
@@ -368,19 +369,19 @@ def list_images(top, name):
 
 
 def patterns(u, v):
-    """{class: where there is ink}; u and v are the distances, across and down, to the nearest
-    of lines that are 1 apart: 0 to 1/2."""
+    """{class: where there is ink}; u and v are the distances (0 to 1/2), across and down, to
+    the nearest grid line, in units of their spacing."""
     return {
+        "bars": v < 0.08,
         "blocks": np.maximum(u, v) > 0.1,
         "checkerboard": (u < 0.25) == (v < 0.25),
         "columns": u < 0.25,
         "crosses": (np.minimum(u, v) < 0.08) & (np.maximum(u, v) < 0.3),
-        "diamonds": u + v < 0.35,
         "dots": np.hypot(u, v) < 0.3,
         "grid": np.minimum(u, v) < 0.06,
+        "posts": u < 0.08,
         "rings": abs(np.hypot(u, v) - 0.3) < 0.08,
         "rows": v < 0.25,
-        "squares": np.maximum(u, v) < 0.25,
     }
 
 
@@ -496,8 +497,8 @@ def eval_loader(images, image_size, *, crop_ratio=0.875, batch_size=64, workers=
 
 
 def make_loader(dataset, sampler, batch_size, workers):
-    """torch's DataLoader. By default it has as many workers as this process's share of the
-    CPUs, less one for the process itself."""
+    """torch's DataLoader. By default each loader has as many workers as this process's share
+    of the CPUs, less one for the process itself."""
     if workers is None:
         cpus = os.cpu_count()
         if hasattr(os, "sched_getaffinity"):                 # what Slurm or taskset allow
@@ -512,8 +513,8 @@ def make_loader(dataset, sampler, batch_size, workers):
 
 
 def contact_sheet(images, image_size):
-    """A Pillow image with a row per picture: the evaluation view and three training views,
-    each before and after mixing, all with the paper's strengths."""
+    """A Pillow image with a row per picture: the evaluation view, then three training views,
+    each before and after mixing, with the paper's augmentation."""
     shown = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:8].tolist()
     evaluation = [EvalImages(images, image_size)[index][0] for index in shown]
     request = [(0, index, view) for index in shown for view in range(3)]
@@ -558,7 +559,7 @@ def check(images, name):
 
 def main():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=(
-        "Draws contact_sheet.png: what the model will see; with --check, opens every image."))
+        "Draws contact_sheet.png, the paper's augmentation; with --check, opens every image."))
     parser.add_argument("data", metavar="DIR", help="train/ and val/, demo, cifar10 or cifar100")
     parser.add_argument("--check", action="store_true", help="name the unreadable files")
     parser.add_argument("--image-size", type=int, default=224, help="pixels (224)")

@@ -85,7 +85,7 @@ class MLP(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: in training, drops a branch for each image with probability `rate`.
 
-    The activation is divided by the survival rate. torchvision's StochasticDepth rounds
+    Surviving branches are divided by 1 - rate. torchvision's StochasticDepth rounds
     1 / (1 - rate) to bfloat16 first, which is off by up to 0.31 % in a whole block.
     """
 
@@ -247,9 +247,9 @@ def load_model(source, **settings):
     Size, distilled or not, image size and classes come from the tensors, which may have the
     official (or timm's), mmpretrain's, Hugging Face's or this project's names. Loading is
     strict. The `settings` image_size, num_classes, distilled and drop_path are create_model's.
-    What is asked for and not in the file is adapted: positions are resized, heads or the
-    distillation token and head are fresh, and a line says which. Raises OSError or
-    ValueError naming the source.
+    What is asked for and differs from the file is adapted: positions are resized, heads or
+    the distillation token and head are fresh (a line names them) or dropped. Raises OSError
+    or ValueError naming the source.
     """
     checkpoint = read_checkpoint(source)
     with naming(source):
@@ -322,7 +322,7 @@ def replace_parts(state, fresh, prefixes):
 # --------------------------------------------------------------------------------------
 # Four layouts, one set of names
 
-# Keys under which a checkpoint may hold its weights; the last one that it has is meant.
+# Keys under which a checkpoint may hold its weights. If there are several, the last wins.
 # (Ours is averaged_model since timm would open model_ema in preference to model.)
 WRAPPERS = ("state_dict", "model")
 AVERAGED = ("state_dict_ema", "model_ema", "averaged_model")
@@ -397,7 +397,7 @@ def find_state_dict(checkpoint, ema=False):
 
 def load_strictly(model, state):
     """Raises RuntimeError for names or shapes other than the model's, ValueError for values
-    that are not finite floating-point numbers."""
+    that are not finite, or not floating-point where the model's are."""
     model.load_state_dict(state, strict=True)
     for name, tensor in model.state_dict().items():
         is_number = state[name].dtype == tensor.dtype or state[name].is_floating_point()
@@ -406,7 +406,7 @@ def load_strictly(model, state):
 
 
 # --------------------------------------------------------------------------------------
-# Files that may be anything
+# Reading untrusted files
 
 
 def read_checkpoint(source):

@@ -53,8 +53,9 @@ def predict(model, images):
 def evaluate(model, loader, device, *, class_indices=slice(None)):
     """{head: Score} over the images of all processes, each of which has at least one.
 
-    `class_indices` are the model's classes for those of the data, if these are fewer or in
-    another order; predictions are restricted to them. Leaves the model in evaluation mode.
+    `class_indices[i]` is the model's class for class i of the data, if the data has fewer
+    classes or another order; predictions are restricted to these. Leaves the model in
+    evaluation mode.
     """
     model.eval()
     judged = {}
@@ -112,9 +113,9 @@ def chance_level(score, num_classes):
 
 
 def find_class_indices(folders, loaded, reference=None):
-    """The model's class for each class folder. Names decide, the checkpoint's or those of
-    `reference`'s folders; then numbers, as in ImageNet-V2; then the order. Raises ValueError.
-    """
+    """The model's class for each class folder: by name if names are known (from the
+    checkpoint, or else from the folders of `reference`), else by number if the folders are
+    numbers (ImageNet-V2), else by order. Raises ValueError."""
     known = loaded.classes
     if reference and not known:
         known = data.class_folders(reference)
@@ -130,9 +131,9 @@ def find_class_indices(folders, loaded, reference=None):
 
 
 def evaluate_folder(args, world):
-    """Prints what is evaluated and how; a line for each output, with how often it agrees with
-    each (table 4); and last the model's own. Raises FloatingPointError for an output that is
-    not finite."""
+    """Prints what is evaluated and how; a line per head, with its agreement with each line's
+    (table 4); last, the model's own accuracy. Raises FloatingPointError for an output that
+    is not finite."""
     with local_rank_zero_first(world):                       # which may download
         images = data.open_split(args.data, train=False)
         model = load_any(args.weights, image_size=args.image_size, ema=args.ema)
@@ -148,8 +149,8 @@ def evaluate_folder(args, world):
     for source, loaded in zip([*args.teacher, args.weights], [*teachers, model]):
         with deit.naming(source):
             indices = find_class_indices(images.classes, loaded, args.reference)
-        lines.append(f"{source}: {loaded.size}, the last folder, {images.classes[-1]}, is its "
-                     f"class {indices[-1]}")
+        lines.append(f"{source}: {loaded.size}, folder {images.classes[-1]} is its class "
+                     f"{indices[-1]}")
 
         of_heads = evaluate(
             loaded.model.to(world.device), tqdm(loader, disable=world.rank > 0),
@@ -204,7 +205,7 @@ def init_processes():
     """The World of this process, which joins torchrun's process group if there is one.
     Raises ValueError if the environment or the GPUs are not enough."""
     sys.stdout.reconfigure(errors="backslashreplace")    # file names may not be UTF-8
-    torch.backends.cudnn.allow_tf32 = False              # float32 shall mean float32
+    torch.backends.cudnn.allow_tf32 = False              # keep float32 exact: no TF32
 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")

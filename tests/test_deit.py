@@ -163,12 +163,19 @@ def test_wrappers_and_prefixes_are_seen_through(tmp_path):
         assert difference(model.state_dict(), state) is None
 
 
+def test_two_names_that_become_one_are_refused():
+    state = {"norm.bias": torch.zeros(3), "module.norm.bias": torch.ones(3)}
+    with pytest.raises(ValueError, match="two tensors for 'norm.bias'"):
+        deit.find_state_dict(state)
+
+
 @pytest.mark.parametrize("key", ["averaged_model", "model_ema", "state_dict_ema"])
 def test_averaged_weights_are_found_only_when_asked_for(key):
     checkpoint = {"model": {"norm.bias": torch.zeros(3)}, key: {"module.norm.bias": torch.ones(3)}}
     assert torch.equal(deit.find_state_dict(checkpoint)["norm.bias"], torch.zeros(3))
     assert torch.equal(deit.find_state_dict(checkpoint, ema=True)["norm.bias"], torch.ones(3))
-    assert deit.find_state_dict({"model": checkpoint["model"]}, ema=True) == {}
+    with pytest.raises(ValueError, match="it holds no averaged weights"):
+        deit.find_state_dict({"model": checkpoint["model"]}, ema=True)
 
 
 def test_positions_at_another_size_are_timms_without_antialias():

@@ -104,8 +104,8 @@ def test_scores_and_agreements_equal_timms_on_any_number_of_processes(
         lines = done.stdout.splitlines()
 
     expected = ["14 images, short side to 109, bicubic, center 96 x 96",
-                f"{from_timm.root}/teacher.pth: tiny, the last folder, g, is its class 0",
-                f"{from_timm.weights}: tiny, the last folder, g, is its class 6"]
+                f"{from_timm.root}/teacher.pth: tiny, folder g is its class 0",
+                f"{from_timm.weights}: tiny, folder g is its class 6"]
     decisions = [logits.argmax(dim=1).numpy() for logits in from_timm.outputs.values()]
     for (name, logits), own in zip(from_timm.outputs.items(), decisions):
         shares = " ".join(f"{100 * np.mean(own == others):.3f}" for others in decisions)

@@ -148,7 +148,7 @@ def test_best_weights_without_a_run_to_resume_are_not_overwritten(
     folder.mkdir()
     shutil.copy(whole_run / "best.pth", folder)
     assert run_main(train, *small_run(images, folder, "--epochs", 1, "--resume")) == 1
-    assert "best.pth, but no last.pth to resume from\n" in capsys.readouterr().err
+    assert "a best.pth, but no last.pth to resume from" in capsys.readouterr().err
     assert (folder / "best.pth").read_bytes() == (whole_run / "best.pth").read_bytes()
 
 
@@ -163,8 +163,9 @@ def test_processes_of_other_files_and_epochs_are_refused_before_the_first_step(
     flags = small_run(images, tmp_path / "run", "--epochs", EPOCHS, "--resume")
     done = run_script("tests/train_with_faults.py", *flags, processes=2, check=False)
 
-    of_both = [(0, train_files(images)), (EPOCHS, train_files(others))]
-    assert f"the processes differ in (epochs done, training files): {of_both}" in done.stderr
+    of_both = [(True, 0, train_files(images)), (False, EPOCHS, train_files(others))]
+    message = f"the processes differ in (no last.pth, epochs done, training files): {of_both}"
+    assert message in done.stderr
     assert done.returncode != 0 and not (tmp_path / "run").exists()
 
 

@@ -1,7 +1,7 @@
 """train.py with a fault in its second process. Run by test_safety.py, under torchrun.
 
     FAULT=nan            its loss is nan in the fourth step
-    FAULT="--data DIR"   it was started with this flag
+    FAULT="--data DIR"   it was started with these flags, which differ from the first one's
 """
 import itertools
 import os
