@@ -590,6 +590,7 @@ def test_without_data_the_demo_makes_its_teacher_and_says_so_first(tmp_path, mon
     ("--epochs 0", "argument --epochs: invalid positive_int value: '0'"),
     ("--lr nan", "argument --lr: invalid zero_or_more value: 'nan'"),
     ("--drop-path 1.5", "argument --drop-path: invalid from_0_to_1 value: '1.5'"),
+    ("--compile False", "argument --compile: invalid switch value: 'False'"),
     ("--data absent", "no folder 'absent/train'"),
     ("--image-size 100", "image size 100 is not a multiple of 16 pixels: try 112"),
     ("--batch-size 15 --accum-steps 2", "--batch-size 15 must be a multiple of"),
