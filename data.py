@@ -96,7 +96,7 @@ class RandAugment:
         self.magnitude = magnitude
 
     def __call__(self, image):
-        for choice in torch.randint(15, (2,)):
+        for choice in torch.randint(15, (2,)):               # two of the fifteen operations
             if torch.rand(()) < 0.5:
                 continue
             magnitude = torch.normal(self.magnitude, 0.5, ()).clamp(0, 10).item()
@@ -452,7 +452,8 @@ def open_dataset(source):
 
 
 def fingerprint(images):
-    """A hash of the class names and, for folders, the paths and labels of the images."""
+    """A hash of the class names, the number of images and, for folders, their paths and
+    labels."""
     digest = hashlib.sha256(repr((images.classes, len(images))).encode())
     if isinstance(images, Folder):
         digest.update(images.paths.numpy())

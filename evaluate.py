@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 import data
 import deit
-import teacher
 from teacher import load_any
 
 # --------------------------------------------------------------------------------------

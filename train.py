@@ -48,6 +48,7 @@ def flag(default, help, choices=None, alone=None):
 
 
 def switch(text):
+    """A flag that takes no value: whatever is typed after it is a mistake."""
     raise ValueError
 
 
@@ -244,7 +245,7 @@ def update_average(ema_model, model, decay):
 # --------------------------------------------------------------------------------------
 # Progress
 
-LOOK_SECONDS = 3
+LOOK_SECONDS = 3                     # between two looks at the device
 
 
 class Progress:
@@ -290,6 +291,7 @@ class Progress:
         parts = self.steps * self.accum_steps * world.size
         means = evaluate.all_reduce(self.sums) / parts
         self.sums.zero_()
+        # without a teacher there is one sum, and so only the first name
         return dict(zip(("train_loss", "train_class_loss", "train_distillation_loss"),
                         means.tolist()))
 
@@ -347,7 +349,8 @@ def train(recipe, checkpoint, world, folder):
         scores = evaluate.evaluate(teacher_model.to(world.device), val_loader, world.device)
         teacher_score = scores["mean"]
 
-        # a fresh classifier, or one of other classes, would teach noise for days
+        # A fresh classifier, or one of other classes, would teach noise for days. Of a few
+        # images chance may reach 100 %: a teacher that is always right passes.
         chance = evaluate.chance_level(teacher_score, len(images.classes))
         if teacher_score.top1 <= min(chance, 99) and not recipe.any_teacher:
             raise ValueError(f"the teacher's top-1 of {teacher_score.top1:.2f} % could be "
@@ -522,7 +525,8 @@ FREE = ("data", "teacher", "any_teacher", "workers", "accum_steps", "compile")
 
 def find_run(folder, recipe, typed, resume):
     """(recipe, last.pth or None) of the run in the folder, or of a new one. A resumed run
-    keeps its recipe. Raises ValueError if it must not go on, or not with what was typed."""
+    keeps its recipe; of one that was stopped before its first save, recipe.json is removed.
+    Raises ValueError if the run must not go on, or not with what was typed."""
     if not resume and any(folder.glob("*")):
         raise ValueError(f"{folder} is not empty: --resume goes on with the run in it, "
                          "another --output starts a new one")
@@ -530,7 +534,6 @@ def find_run(folder, recipe, typed, resume):
         if (folder / "best.pth").exists():
             raise ValueError("there is a best.pth, but no last.pth to resume from: choose "
                              "another --output")
-        # if a run was stopped before its first save, it starts anew
         (folder / "recipe.json").unlink(missing_ok=True)
         return recipe, None
 
