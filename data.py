@@ -376,7 +376,7 @@ def patterns(u, v):
         "blocks": np.maximum(u, v) > 0.1,
         "checkerboard": (u < 0.25) == (v < 0.25),
         "columns": u < 0.25,
-        "crosses": (np.minimum(u, v) < 0.08) & (np.maximum(u, v) < 0.3),
+        "diagonals": abs(u - v) < 0.1,
         "dots": np.hypot(u, v) < 0.3,
         "grid": np.minimum(u, v) < 0.06,
         "posts": u < 0.08,
