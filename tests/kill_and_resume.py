@@ -4,9 +4,7 @@
 
 After a kill the same command is started again, with --resume. Several processes run under
 torchrun --max-restarts: every second kill is of one rank only, and torchrun starts them again.
-
-Prints how many epochs each kill left, and the file that it left unfinished. Exit status 0 if in the
-end last.pth, best.pth and log.jsonl are the same, tensor by tensor and byte by byte.
+Exit status 0 if in the end last.pth, best.pth and log.jsonl are the same to the bit.
 """
 import argparse
 import os
@@ -20,111 +18,103 @@ from pathlib import Path
 
 import torch
 
-from conftest import ROOT, difference_of_runs, write_folder
+import teacher
+from conftest import ROOT, difference, load, small_run, write_folder
 
 
-def write_images(root):
-    """Two batches of 12 to train on, and two images for each of three processes to validate on."""
-    return write_folder(root, train=8, val=2)
+def write_inputs(place):
+    """Images and an untrained teacher of their three classes."""
+    write_folder(place / "images")
+    model = teacher.create_regnet("regnet_x_400mf", 3)
+    torch.save({"model": model.state_dict()}, place / "teacher.pth")
+    return place
 
 
-def small_run(images, output, *more):
-    return ("--data", images, "--image-size", 32, "--batch-size", 12, "--warmup-epochs", 1,
-            "--ema", 0.9, "--precision", "fp32", "--workers", 0, "--output", output, *more)
+def distilled_run(place, output, *more):
+    return small_run(place / "images", output, "--ema", 0.9, "--distill", "--any-teacher",
+                     "--teacher", place / "teacher.pth", *more)
 
 
-def start(images, output, epochs, processes):
+def start(place, output, epochs, processes):
     """A run in the background; what it prints goes to <output>.txt."""
-    program, workers = [sys.executable], 1
+    command = [ROOT / "train.py", *distilled_run(place, output, "--epochs", epochs, "--resume")]
     if processes > 1:
-        program += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                    "--max-restarts=1"]
-        workers = 0
-    flags = small_run(images, output, "--epochs", epochs, "--workers", workers, "--resume")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=1",
+                   f"--nproc_per_node={processes}", *command]
+    command = [sys.executable, *map(str, command)]
     with open(f"{output}.txt", "a") as printed:
-        return subprocess.Popen(map(str, [*program, ROOT / "train.py", *flags]), env=env,
-                                stdout=printed, stderr=printed)
+        return subprocess.Popen(command, stdout=printed, stderr=printed)
 
 
 def finish(process, output):
     assert process.wait(timeout=300) == 0, Path(f"{output}.txt").read_text()[-2000:]
 
 
-def wait_for_saves(process, output, number):
-    """Until last.pth has been replaced that many times."""
-    def last_written():
-        return last.stat().st_mtime_ns if last.exists() else None
-
-    last, deadline = output / "last.pth", time.monotonic() + 120
-    for _ in range(number):
-        before = last_written()
-        while last_written() == before:
-            alive = process.poll() is None and time.monotonic() < deadline
-            assert alive, Path(f"{output}.txt").read_text()[-2000:]
-            time.sleep(0.005)
+def wait_for_epochs(process, output, number):
+    log, deadline = output / "log.jsonl", time.monotonic() + 120
+    while not log.exists() or log.read_text().count("\n") < number:
+        alive = process.poll() is None and time.monotonic() < deadline
+        assert alive, Path(f"{output}.txt").read_text()[-2000:]
+        time.sleep(0.005)
 
 
-def children(process):
-    """The pids of torchrun's ranks, or of the workers of a process's loaders."""
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in path.read_text().split()]
+def find_ranks(process):
+    """The pids of the processes that torchrun started; none, if it is no torchrun."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in children.read_text().split()]
 
 
-def kill(process, ranks=()):
-    for pid in (process.pid, *ranks):
+def kill(process):
+    for pid in (process.pid, *find_ranks(process)):
         os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
-def kill_and_resume(images, alone, cut, epochs, *, processes=1, kills=1, seed=0):
-    """A run in the folder `cut`, killed and resumed until it ends; `alone` is the same, left alone.
-    Returns the pids of the loaders' workers that lost their process."""
+def contents(folder):
+    return {"last.pth": load(folder / "last.pth"), "best.pth": load(folder / "best.pth"),
+            "log.jsonl": (folder / "log.jsonl").read_bytes()}
+
+
+def kill_and_resume(place, alone, cut, epochs, *, processes=1, kills=1, seed=0):
+    """A run in the folder `cut`, killed and resumed until it ends. Returns what differs from the
+    same run left alone, which is in the folder `alone`, as a text, or None."""
     rng = random.Random(seed)
     seconds = (alone / "last.pth").stat().st_mtime - (alone / "recipe.json").stat().st_mtime
-    orphans = []
 
-    process = start(images, cut, epochs, processes)
+    process, done = start(place, cut, epochs, processes), 0
     try:
         for number in range(1, kills + 1):
-            wait_for_saves(process, cut, 2)                  # the first is before the first step
+            wait_for_epochs(process, cut, done + 2)
             time.sleep(rng.uniform(0, seconds / epochs))     # anywhere in the next epoch
 
-            if processes == 1:
-                orphans += children(process)
-                kill(process)
-            elif number % 2:
-                kill(process, children(process))
+            if processes > 1 and number % 2 == 0:            # torchrun starts all of them again
+                os.kill(rng.choice(find_ranks(process)), signal.SIGKILL)
             else:
-                os.kill(rng.choice(children(process)), signal.SIGKILL)
-            done = len(torch.load(cut / "last.pth", weights_only=True)["log"])
-            unfinished = [path.name for path in cut.glob("*.tmp")]
-            print(f"kill {number}: {done} epochs done", *unfinished, flush=True)
+                kill(process)
+            done = len(load(cut / "last.pth")["log"])
+            print(f"kill {number}: {done} epochs done", *cut.glob("*.tmp"), flush=True)
 
-            if process.returncode is not None:               # else torchrun starts them again
-                process = start(images, cut, epochs, processes)
+            if process.returncode is not None:
+                process = start(place, cut, epochs, processes)
         finish(process, cut)
     finally:
         if process.poll() is None:
-            kill(process, children(process))
-    return orphans
+            kill(process)
+    return difference(contents(alone), contents(cut))
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Kills a run again and again, and resumes it.")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser()
+    for name, default in (("--kills", 20), ("--processes", 1), ("--seed", 0)):
+        parser.add_argument(name, type=int, default=default)
     args = parser.parse_args()
     epochs = 3 * args.kills + 3
 
-    with tempfile.TemporaryDirectory() as place:
-        alone, cut = Path(place, "alone"), Path(place, "cut")
-        images = write_images(Path(place, "images"))
-        finish(start(images, alone, epochs, args.processes), alone)
-        kill_and_resume(images, alone, cut, epochs, processes=args.processes, kills=args.kills,
-                        seed=args.seed)
-        found = difference_of_runs(alone, cut)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = write_inputs(Path(temporary))
+        finish(start(place, place / "alone", epochs, args.processes), place / "alone")
+        found = kill_and_resume(place, place / "alone", place / "cut", epochs, seed=args.seed,
+                                processes=args.processes, kills=args.kills)
     print(f"{args.kills} kills survived, " + (f"but {found}" if found else "every bit the same"))
     sys.exit(found is not None)
 
