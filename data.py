@@ -26,10 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets, transforms
 from torchvision.transforms import v2
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -452,12 +453,10 @@ def open_dataset(source):
 
 
 def fingerprint(images):
-    """A hash of the class names, the number of images and, for folders, their paths and
-    labels."""
+    """A hash of the class names, the number of images and, for folders, their paths."""
     digest = hashlib.sha256(repr((images.classes, len(images))).encode())
     if isinstance(images, Folder):
         digest.update(images.paths.numpy())
-        digest.update(images.labels.numpy())
     return digest.hexdigest()[:16]
 
 
@@ -514,32 +513,19 @@ def make_loader(dataset, sampler, batch_size, workers):
 
 
 def contact_sheet(images, image_size):
-    """A Pillow image with a row per picture: the evaluation view, then three training views,
-    each before and after mixing, with the paper's augmentation."""
-    shown = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:8].tolist()
+    """(pixels (3, height, width) in [0, 1], the rows' classes): a row per picture with its
+    evaluation view and three training views with the paper's augmentation, mixed as well."""
+    shown = np.random.default_rng(0).permutation(len(images))[:8]
     evaluation = [EvalImages(images, image_size)[index][0] for index in shown]
     request = [(0, index, view) for index in shown for view in range(3)]
     pixels, labels = TrainBatches(images, image_size)[request]
-    views = erase(normalize(pixels))
-    mixed, _ = mix(views.clone(), labels, len(images.classes))
-    columns = {"evaluation": normalize(torch.stack(evaluation))}
-    for view in range(3):
-        columns[f"view {view}"] = views[view::3]
-        columns[f"view {view}, mixed"] = mixed[view::3]
+    views, _ = mix(erase(normalize(pixels)), labels, len(images.classes))
 
-    # titles above, the names of the classes at the left
-    cell = 156
-    sheet = Image.new("RGB", (cell * 8, cell * len(shown) + 24), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, label in enumerate(labels[::3]):
-        draw.text((8, cell * row + 24), images.classes[label], "black")
+    columns = normalize(torch.stack(evaluation)), *views.unflatten(0, (-1, 3)).unbind(1)
+    cells = torch.stack(columns, dim=1).flatten(0, 1)        # row by row
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 3, 1, 1)
-    for column, (title, batch) in enumerate(columns.items(), 1):
-        draw.text((cell * column, 6), title, "black")
-        for row, image in enumerate((batch * std + mean).clamp(0, 1)):
-            picture = transforms.functional.to_pil_image(image).resize((150, 150))
-            sheet.paste(picture, (cell * column, cell * row + 24))
-    return sheet
+    sheet = make_grid((cells * std + mean).clamp(0, 1), nrow=4)
+    return sheet, [images.classes[label] for label in labels[::3]]
 
 
 def check(images, name):
@@ -571,7 +557,9 @@ def main():
         train_images, val_images = open_dataset(args.data)
         if args.check:
             sys.exit(check(train_images, "train") + check(val_images, "val") > 0)
-        contact_sheet(train_images, args.image_size).save("contact_sheet.png")
+        sheet, names = contact_sheet(train_images, args.image_size)
+        save_image(sheet, "contact_sheet.png")
+        print("contact_sheet.png: evaluation and three training views; rows:", *names)
     except (OSError, ValueError) as error:
         sys.exit(f"data.py: {error}")
 

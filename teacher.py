@@ -8,16 +8,23 @@ trained on ImageNet with DeiT's own augmentation.
     python teacher.py SOURCE                                        describes a teacher
     python train.py --model regnet_y_16gf --recipe convnet --data DIR     makes one for DIR
 
+A run with hard distillation keeps its labels, two bytes a view, and the folder of a run is
+the teacher of later ones, which need not ask the network again.
+
 SOURCE is "official" (the paper's), a torchvision RegNet's name (its ImageNet weights,
 version 2: regnet_y_16gf, 82.886 %), an entry (RegNet_Y_16GF_Weights.IMAGENET1K_V1), a file
-or an https URL. Files hold a RegNet under torchvision's or timm's names, or a DeiT in any
-layout that deit.py reads.
+or an https URL; or the folder of a run. Files hold a RegNet under torchvision's or timm's
+names, or a DeiT in any layout that deit.py reads.
 """
 import argparse
+import hashlib
+import json
 import re
 import sys
 from collections import namedtuple
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -73,6 +80,53 @@ def freeze(model):
 def create_regnet(name, num_classes=1000):
     """A torchvision RegNet with fresh weights."""
     return models.get_model(name, weights=None, num_classes=num_classes)
+
+
+# --------------------------------------------------------------------------------------
+# Kept labels. Everything before the student follows from (seed, epoch, step, part), so the
+# hard labels of a run are those of any later run on the same data, seed and parts, whatever
+# its model and optimizer. RUN/labels holds epoch-000.npy, ...: uint16 (parts, views of a
+# part), for ImageNet 2.6 MB an epoch. made-with.json says all that decides them.
+
+
+def label_file(run, epoch):
+    return Path(run, "labels", f"epoch-{epoch:03}.npy")
+
+
+def read_made_with(run):
+    """What the labels of a run were made with, {name: value}. Raises OSError or ValueError."""
+    path = Path(run, "labels", "made-with.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} keeps no labels of hard distillation. For the weights "
+                                f"of a run type {run}/best.pth")
+    with deit.naming(path):
+        return dict(json.loads(path.read_bytes()))
+
+
+def read_labels(run, epoch, shape, num_classes):
+    """The labels of an epoch: int32 (parts, views of a part). Raises ValueError for a file
+    that is missing, damaged or of another run."""
+    path = label_file(run, epoch)
+    try:
+        labels = np.load(path, mmap_mode="r")        # whose header may claim any size
+        if labels.dtype != np.uint16 or labels.shape != shape or labels.max() >= num_classes:
+            raise ValueError(f"it should be uint16 {shape}, below {num_classes}")
+        return torch.from_numpy(labels.astype(np.int32))
+    except Exception as error:                       # whatever a damaged file makes numpy raise
+        raise ValueError(f"cannot use the labels in {path}: {error}") from error
+
+
+def identity(source):
+    """What tells a teacher: a name or URL as it is; for a file a hash of its tensors; for the
+    folder of a run the identity of the teacher that it asked."""
+    if Path(source).is_dir():
+        return read_made_with(source).get("teacher")
+    if not Path(source).is_file():
+        return source
+    digest = hashlib.sha256()
+    for tensor in deit.find_state_dict(deit.read_checkpoint(source)).values():
+        digest.update(tensor.float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------
@@ -161,9 +215,14 @@ def torchvision_name(name):
 
 def main():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Describes a teacher.")
-    parser.add_argument("source", metavar="SOURCE", help="official, a name, a file or a URL")
+    parser.add_argument("source", metavar="SOURCE",
+                        help="official, a name, a file, a URL or the folder of a run")
     source = parser.parse_args().source
     try:
+        if Path(source).is_dir():
+            print(f"{source} keeps labels:", json.dumps(read_made_with(source), indent=4))
+            return
+
         loaded = load_any(source)
     except (OSError, ValueError) as error:
         sys.exit(f"teacher.py: {error}")

@@ -9,11 +9,12 @@ hours on 8 V100.
     python train.py --model tiny --distill       no data: the built-in demo, a few minutes
 
 A run is one folder: last.pth (to resume), best.pth (to use), log.jsonl (an object per
-epoch), recipe.json, TensorBoard events. The same command with --resume goes on after the
-last whole epoch, on a CPU to the same bits.
+epoch), recipe.json, labels/ (the teacher's, for later runs), TensorBoard events. The same
+command with --resume goes on after the last whole epoch, on a CPU to the same bits.
 """
 import argparse
 import copy
+import hashlib
 import io
 import json
 import math
@@ -22,9 +23,12 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -83,7 +87,8 @@ class Recipe:
     # distillation: equations 2 and 3
     distill: str = flag(None, "learn from a teacher: hard or soft",
                         ["hard", "soft"], alone="hard")
-    teacher: str = flag("official", "file, URL or name; official: RegNetY-16GF")
+    teacher: str = flag("official", "file, URL or name; official: RegNetY-16GF; a run's "
+                        "folder: the labels it kept")
     any_teacher: switch = flag(False, "even one no better than chance", alone=True)
     alpha: from_0_to_1 = flag(0.5, "weight of the distillation term; of soft 0.1")
     temperature: zero_or_more = flag(3.0, "softens the logits in soft distillation")
@@ -150,9 +155,10 @@ def parameter_groups(model, weight_decay):
 
 
 def train_epoch(epoch, recipe, world, loader, models, ddp_model, teacher_model,
-                optimizer, scaler, progress):
+                teacher_labels, optimizer, scaler, progress):
     """All steps of an epoch. `ddp_model` is models["model"], compiled and wrapped in DDP if
-    the run asks for it."""
+    the run asks for it. In hard distillation `teacher_labels` (parts, views of a part) are
+    filled by the teacher, or were, if there is none to ask."""
     steps = len(loader) // recipe.accum_steps
     num_classes = len(loader.dataset.images.classes)
     batches = iter(loader)
@@ -184,7 +190,18 @@ def train_epoch(epoch, recipe, world, loader, models, ddp_model, teacher_model,
             if world.size > 1:
                 is_last = micro_step == recipe.accum_steps - 1
                 ddp_model.require_backward_grad_sync = is_last
-            losses = compute_losses(ddp_model, teacher_model, images, targets, recipe)
+
+            # the teacher's word on these very images: asked, or kept by an earlier run
+            teacher_output = None
+            if teacher_model is not None:
+                teacher_output = ask_teacher(teacher_model, images)
+            if recipe.distill == "hard":
+                row = step * recipe.accum_steps * world.size + part
+                if teacher_model is not None:
+                    teacher_labels[row] = teacher_output.argmax(dim=1)
+                teacher_output = teacher_labels[row].long()
+
+            losses = compute_losses(ddp_model, images, targets, teacher_output, recipe)
             scaler.scale(losses[0] / recipe.accum_steps).backward()
             progress.add(losses)
 
@@ -201,23 +218,26 @@ def train_epoch(epoch, recipe, world, loader, models, ddp_model, teacher_model,
         progress.end_step(epoch, step, lr)
 
 
-def compute_losses(model, teacher_model, images, targets, recipe):
+@torch.no_grad()
+def ask_teacher(teacher_model, images):
+    """Logits (B, K) of exactly the images that the student sees. On a GPU the teacher computes
+    in float16: of 3,840 labels (on a CPU) none differed from float32's, in bfloat16 0.9 %
+    did."""
+    logits = teacher_model(images.half() if images.is_cuda else images)
+    return logits.to(images.dtype)
+
+
+def compute_losses(model, images, targets, teacher_output, recipe):
     """[loss], or with a teacher [loss, class term, distillation term]: equations 2 and 3.
-    The losses are computed outside autocast in the images' float32, since CUDA's autocast
-    would leave them in bfloat16."""
+    `teacher_output` is its labels (B,) or logits (B, K), or None. The losses are computed
+    outside autocast in the images' float32, since CUDA's autocast would leave them in
+    bfloat16."""
     with autocast(images, recipe):
         logits = model(images)
-    if teacher_model is None:
+    if teacher_output is None:
         return [F.cross_entropy(logits.to(images.dtype), targets,
                                 label_smoothing=recipe.label_smoothing)]
 
-    # The teacher sees exactly the images that the student sees. On a GPU it computes in
-    # float16: of 3,840 labels (on a CPU) none differed from float32's, in bfloat16 0.9 % did.
-    with torch.no_grad():
-        teacher_output = teacher_model(images.half() if images.is_cuda else images)
-    teacher_output = teacher_output.to(images.dtype)
-    if recipe.distill == "hard":
-        teacher_output = teacher_output.argmax(dim=1)
     class_logits, distillation_logits = [of_head.to(images.dtype) for of_head in logits]
     return distill.distillation_loss(
         class_logits, distillation_logits, targets, teacher_output, kind=recipe.distill,
@@ -340,27 +360,14 @@ def train(recipe, checkpoint, world, folder):
         ddp_model = DDP(ddp_model, gradient_as_bucket_view=True)
         prepare_buckets(ddp_model, part_size, recipe, world)
 
-    # teacher
+    # teacher: a network to ask, or the labels that an earlier run kept
     teacher_model, teacher_score = None, None
-    if recipe.distill:
-        with evaluate.local_rank_zero_first(world):
-            teacher_model = teacher.load_teacher(
-                recipe.teacher, classes=images.classes, image_size=recipe.image_size)
-        scores = evaluate.evaluate(teacher_model.to(world.device), val_loader, world.device)
-        teacher_score = scores["mean"]
-
-        # A fresh classifier, or one of other classes, would teach noise for days. Of a few
-        # images chance may reach 100 %: a teacher that is always right passes.
-        chance = evaluate.chance_level(teacher_score, len(images.classes))
-        if teacher_score.top1 <= min(chance, 99) and not recipe.any_teacher:
-            raise ValueError(f"the teacher's top-1 of {teacher_score.top1:.2f} % could be "
-                             f"chance, which is up to {chance:.2f} %. Are its classes in "
-                             "another order, or its images of another size? --any-teacher "
-                             "goes on")
-        if world.device.type == "cuda":
-            teacher_model.half()
-        if recipe.compile:
-            teacher_model = torch.compile(teacher_model)
+    made_with = what_decides(recipe, loader, files, world.device)
+    reads_labels = recipe.distill == "hard" and Path(recipe.teacher).is_dir()
+    if reads_labels:
+        check_kept_labels(recipe.teacher, made_with, recipe.epochs)
+    elif recipe.distill:
+        teacher_model, teacher_score = load_teacher(recipe, images.classes, val_loader, world)
 
     # optimizer
     groups = parameter_groups(model, recipe.weight_decay)
@@ -371,11 +378,12 @@ def train(recipe, checkpoint, world, folder):
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
 
     # what the run has so far
-    facts = {"recipe": asdict(recipe), "classes": images.classes,
-             "part_size": part_size, "files": files}
+    facts = {"recipe": asdict(recipe), "classes": images.classes, "made_with": made_with}
     stateful = models | {"optimizer": optimizer, "scaler": scaler}
     if checkpoint:
-        restore(checkpoint, stateful, facts)
+        require_same(checkpoint["made_with"], made_with, "the run to resume has")
+        for name, each in stateful.items():
+            each.load_state_dict(checkpoint[name])
     elif world.rank == 0:
         # mode "x" fails if another run has begun in the folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -386,6 +394,8 @@ def train(recipe, checkpoint, world, folder):
               "views a step")
         if teacher_score:
             print(f"the teacher's top-1 in validation: {teacher_score.top1:.2f} %")
+        if reads_labels:
+            print(f"labels kept by {recipe.teacher}, {recipe.epochs} epochs")
     progress = Progress(folder, recipe, world, sampler.steps, len(log))
     if not checkpoint:
         # what cannot be read or written is met before an epoch is spent on it
@@ -396,18 +406,101 @@ def train(recipe, checkpoint, world, folder):
     torch.backends.cudnn.benchmark = True                    # all parts have one shape
     for epoch in range(len(log), recipe.epochs):
         sampler.set_epoch(epoch)
+        shape = sampler.parts * world.size, part_size
+        teacher_labels = torch.zeros(shape, dtype=torch.int32)
+        if reads_labels:
+            teacher_labels = teacher.read_labels(recipe.teacher, epoch, shape,
+                                                 len(images.classes))
+        teacher_labels = teacher_labels.to(world.device)
         train_epoch(epoch, recipe, world, loader, models, ddp_model, teacher_model,
-                    optimizer, scaler, progress)
+                    teacher_labels, optimizer, scaler, progress)
 
         record = {"epoch": epoch, **progress.end_epoch(world),
                   **validate(models, val_loader, teacher_score, world)}
         log.append(record)
+        if recipe.distill == "hard" and not reads_labels:
+            keep_labels(folder, epoch, teacher_labels, made_with, world)
         save(folder, models, stateful, facts, log, world)
         progress.show(record, (epoch + 1) * sampler.steps)
         if world.rank == 0:
             progress.writer.flush()
             progress.bar.write(f"epoch {epoch}: top-1 {record['top1']:.2f}")
     return log
+
+
+def load_teacher(recipe, classes, val_loader, world):
+    """(the frozen teacher, its validation Score). Raises OSError, or ValueError if it could
+    be guessing."""
+    with evaluate.local_rank_zero_first(world):
+        model = teacher.load_teacher(recipe.teacher, classes=classes,
+                                     image_size=recipe.image_size)
+    score = evaluate.evaluate(model.to(world.device), val_loader, world.device)["mean"]
+
+    # A fresh classifier, or one of other classes, would teach noise for days. Of a few
+    # images chance may reach 100 %: a teacher that is always right passes.
+    chance = evaluate.chance_level(score, len(classes))
+    if score.top1 <= min(chance, 99) and not recipe.any_teacher:
+        raise ValueError(f"the teacher's top-1 of {score.top1:.2f} % could be chance, which "
+                         f"is up to {chance:.2f} %. Are its classes in another order, or its "
+                         "images of another size? --any-teacher goes on")
+    if world.device.type == "cuda":
+        model.half()
+    if recipe.compile:
+        model = torch.compile(model)
+    return model, score
+
+
+def what_decides(recipe, loader, files, device):
+    """{name: value} of what must be the same when a run goes on: the size of a part and the
+    files; with hard distillation all that decides the views, their mixes and so the
+    teacher's labels. Raises OSError or ValueError."""
+    images = loader.dataset.images
+    sampler = copy.copy(loader.sampler)
+    same = {"part_size": sampler.batch_size, "files": files}
+    if recipe.distill != "hard":
+        return same
+    if len(images.classes) > 65_535:
+        raise ValueError(f"{len(images.classes)} classes are too many for hard distillation, "
+                         "whose labels are kept in two bytes: use --distill soft")
+
+    # the bytes of the epoch's first part tell an edited data.py, or resized images
+    sampler.rank = 0
+    pixels, _ = loader.dataset[next(iter(sampler))]
+
+    names = ("image_size", "seed", "batch_size", "repeats", "rand_augment", "erasing", "mixup",
+             "cutmix")
+    # in this order they are compared
+    return {
+        **{name: getattr(recipe, name) for name in names},
+        **same,
+        "classes": len(images.classes),
+        "views": sampler.steps * recipe.batch_size,
+        "device": device.type,
+        "teacher": teacher.identity(recipe.teacher),
+        "torch": torch.version.__version__,
+        "torchvision": torchvision.__version__,
+        "Pillow": PIL.__version__,
+        "first_part": hashlib.sha256(pixels.numpy()).hexdigest()[:16],
+    }
+
+
+def check_kept_labels(run, made_with, epochs):
+    """Raises OSError or ValueError unless the folder of a run keeps the labels of so many
+    epochs, made with the same."""
+    theirs = teacher.read_made_with(run)
+    require_same(theirs, made_with, f"the labels of {run} were made with")
+    kept = int(theirs["epochs"])
+    if kept < epochs:
+        raise ValueError(f"{run} keeps the labels of {kept} epochs only: type --epochs {kept}, "
+                         "or resume it first")
+
+
+def require_same(theirs, mine, what):
+    """Raises ValueError naming the first value that differs."""
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            raise ValueError(f"{what} {name} {theirs.get(name)}, and this run has {value}. Type "
+                             "the same flags and --data, and as many processes x --accum-steps")
 
 
 def validate(models, val_loader, teacher_score, world):
@@ -508,15 +601,17 @@ def write_whole(path, content):
     os.replace(beside, path)
 
 
-def restore(checkpoint, stateful, facts):
-    """Puts back what last.pth holds. Raises ValueError for a run that computed other parts of
-    a batch, or on other classes or training files."""
-    for name in ("part_size", "classes", "files"):
-        if checkpoint[name] != facts[name]:
-            raise ValueError(f"the run to resume had another {name}: resume on the same --data "
-                             "with as many processes x --accum-steps")
-    for name, each in stateful.items():
-        each.load_state_dict(checkpoint[name])
+def keep_labels(folder, epoch, teacher_labels, made_with, world):
+    """Writes the teacher's labels of an epoch, two bytes a view."""
+    evaluate.all_reduce(teacher_labels)                      # each process has its own parts
+    if world.rank == 0:
+        buffer = io.BytesIO()
+        np.save(buffer, teacher_labels.cpu().numpy().astype(np.uint16))
+        path = teacher.label_file(folder, epoch)
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, buffer.getbuffer())
+        content = json.dumps({"epochs": epoch + 1, **made_with}, indent=4)
+        write_whole(path.with_name("made-with.json"), content.encode())
 
 
 # what may differ in a resumed run
@@ -552,15 +647,14 @@ def find_run(folder, recipe, typed, resume):
 # Presets and flags
 
 # Other purposes than ImageNet from scratch. lr is for a batch of 512 here as well.
-CROPS_AND_FLIPS = {"repeats": 1, "rand_augment": 0.0, "erasing": 0.0, "mixup": 0.0,
-                   "cutmix": 0.0}
 PRESETS = {
     # official command for base, 82.89 % published: lr 5e-6 at 512, no path dropped, EMA on
     "finetune-384": {"image_size": 384, "epochs": 30, "batch_size": 512, "lr": 5e-6,
                      "min_lr": 5e-6, "weight_decay": 1e-8, "drop_path": 0.0, "ema": 0.99996},
     # ours: a teacher from scratch, or from ImageNet's with --init official --lr 0.02
-    "convnet": {**CROPS_AND_FLIPS, "optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-5,
-                "batch_size": 256, "epochs": 100},
+    "convnet": {"optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-5, "batch_size": 256,
+                "epochs": 100, "repeats": 1, "rand_augment": 0.0, "erasing": 0.0, "mixup": 0.0,
+                "cutmix": 0.0},
     # ours: --init with a few thousand images of your own
     "transfer": {"lr": 5e-5, "min_lr": 1e-6, "batch_size": 256, "epochs": 100,
                  "erasing": 0.0},
@@ -641,6 +735,9 @@ def main():
         if world.rank == 0:
             best = max(record["top1"] for record in log)
             print(f"best top-1: {best:.2f} %, of {folder}/best.pth")
+            if (folder / "labels").is_dir():
+                print("With the same data and batches the next student needs no teacher: "
+                      f"train.py --model small --distill --teacher {folder}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

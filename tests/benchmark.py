@@ -119,7 +119,7 @@ def race_training(size, args):
         ours.compile()
 
     def our_steps():
-        train.train_epoch(0, recipe, world, loader, models, ours, None, optimizer,
+        train.train_epoch(0, recipe, world, loader, models, ours, None, None, optimizer,
                           torch.amp.GradScaler(device, enabled=False), progress)
 
     # The official way: timm's model and mixing, float16 with a scaler, .item() and synchronize

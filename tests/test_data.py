@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torchvision import datasets, transforms
 
 import data
@@ -387,27 +387,24 @@ def test_classes_that_differ_in_train_and_val_or_a_single_one_are_refused(folder
         data.open_dataset(write_folder(tmp_path / "single", classes=("cat",)))
 
 
-def test_the_contact_sheet_has_each_picture_in_its_place(images, tmp_path, monkeypatch):
+def test_the_contact_sheet_has_each_picture_in_its_row(images, tmp_path, monkeypatch, capsys):
     # mirrored stands for erased, upside down for mixed
     monkeypatch.setattr(data, "erase", lambda images: images.flip(3))
     monkeypatch.setattr(data, "mix", lambda images, labels, number: (images.flip(2), None))
     monkeypatch.chdir(tmp_path)
-    assert run_main(data, os.path.dirname(images.root), "--image-size", 150) == 0
+    assert run_main(data, os.path.dirname(images.root), "--image-size", 48) == 0
     sheet = pixels_of(Image.open("contact_sheet.png"))
+    names = capsys.readouterr().out.split("rows: ")[1].split()
 
-    shown = torch.randperm(48, generator=torch.Generator().manual_seed(0))[:8].tolist()
+    shown = np.random.default_rng(0).permutation(48)[:8]
+    assert names == [images.classes[images.labels[index]] for index in shown]
     for row, index in enumerate(shown):
-        expected = [data.EvalImages(images, 150)[index][0]]
-        views, _ = data.TrainBatches(images, 150)[[(0, index, view) for view in range(3)]]
-        for view in views:
-            expected += [view.flip(2), view.flip(2).flip(1)]
-        cells = sheet[:, 24 + 156 * row:][:, :150].split(156, dim=2)
-        for cell, picture in zip(cells[1:], expected, strict=True):
-            assert (cell[:, :, :150] - picture).abs().max() <= 1     # normalized and back
-
-        name = Image.new("RGB", (140, 20), "white")
-        ImageDraw.Draw(name).text((0, 0), images.classes[images.labels[index]], "black")
-        assert torch.equal(cells[0][:, :20, 8:148], pixels_of(name))
+        views, _ = data.TrainBatches(images, 48)[[(0, index, view) for view in range(3)]]
+        expected = [data.EvalImages(images, 48)[index][0], *views.flip(3).flip(2)]
+        cells = sheet[:, 2 + 50 * row:][:, :48, 2:].split(50, dim=2)
+        for cell, picture in zip(cells, expected, strict=True):
+            # the colors of the three channels are scaled alike, so by up to 9 levels
+            assert (cell[:, :, :48] - picture).abs().max() <= 9
 
 
 def test_check_names_every_unreadable_image_and_fails(folder, capsys):

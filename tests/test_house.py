@@ -41,8 +41,8 @@ README = (ROOT / "README.md").read_text()
 # Size and density
 
 
-def test_the_six_scripts_together_have_at_most_9400_syntax_nodes():
-    assert sum(NODES.values()) <= 9400
+def test_the_six_scripts_together_have_at_most_9850_syntax_nodes():
+    assert sum(NODES.values()) <= 9850
 
 
 def test_the_scripts_are_not_packed():
@@ -122,10 +122,12 @@ def test_the_top_level_holds_the_six_scripts_and_nothing_else_that_runs():
 
 def test_importing_a_script_only_defines_things():
     kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.Assign)
-    for tree in TREE.values():
-        *definitions, main = tree.body
+    for name, tree in TREE.items():
+        definitions = list(tree.body)
+        if name != "distill":                                # which is no command
+            main = definitions.pop()
+            assert ast.unparse(main) == "if __name__ == '__main__':\n    main()"
         assert all(isinstance(node, kinds) for node in definitions)
-        assert ast.unparse(main) == "if __name__ == '__main__':\n    main()"
 
 
 def test_every_file_is_read_without_unpickling():

@@ -204,8 +204,9 @@ def test_the_soft_loss_is_that_of_a_teacher_that_computes_no_gradients():
 
     recipe = train.Recipe(distill="soft", temperature=2.0, precision="fp32")
     labels = torch.tensor([0, 1, 2, 0])
-    _, _, term = train.compute_losses(lambda _: (logits[0], logits[0]), teacher_model, logits,
-                                      labels, recipe)
+    teacher_logits = train.ask_teacher(teacher_model, logits)
+    _, _, term = train.compute_losses(lambda _: (logits[0], logits[0]), logits, labels,
+                                      teacher_logits, recipe)
     assert term == distill.soft_distillation(*logits, 2.0)
     assert with_gradients == [False]
 
@@ -213,14 +214,15 @@ def test_the_soft_loss_is_that_of_a_teacher_that_computes_no_gradients():
 def test_without_a_teacher_the_loss_is_the_smoothed_cross_entropy():
     logits = torch.tensor([[1.0, 2.0, 4.0]])
     recipe = train.Recipe(label_smoothing=0.3, precision="fp32")
-    (loss,) = train.compute_losses(lambda _: logits, None, logits, torch.tensor([2]), recipe)
+    (loss,) = train.compute_losses(lambda _: logits, logits, torch.tensor([2]), None, recipe)
     expected = -(logits.log_softmax(dim=1) @ torch.tensor([0.1, 0.1, 0.8]))
     assert loss.item() == pytest.approx(expected.item())
 
 
 def test_a_model_learns_to_tell_three_colors(shared_folder, tmp_path):
     log = train_here(shared_folder, tmp_path / "run", epochs=8, lr=0.016, drop_path=0.0,
-                     label_smoothing=0.0, **train.CROPS_AND_FLIPS)
+                     label_smoothing=0.0, repeats=1, rand_augment=0.0, erasing=0.0, mixup=0.0,
+                     cutmix=0.0)
     assert len(log) == 8 and log[-1]["top1"] == 100
 
 
@@ -267,14 +269,15 @@ def test_no_step_waits_for_the_device(kind, monkeypatch):
     with nowhere.device:
         model = deit.create_model("tiny", distilled=True, image_size=32, num_classes=10)
         teacher_model = deit.create_model("tiny", image_size=32, num_classes=10)
+        teacher_labels = torch.zeros(5, 8, dtype=torch.int32)
     models = {"model": model, "averaged_model": copy.deepcopy(model).requires_grad_(False)}
     optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.05), foreach=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     progress = train.Progress(None, recipe, nowhere, 99, 0)
     with NoBlockingCopy():
-        train.train_epoch(0, recipe, nowhere, loader, models, model, teacher_model, optimizer,
-                          scaler, progress)
+        train.train_epoch(0, recipe, nowhere, loader, models, model, teacher_model,
+                          teacher_labels, optimizer, scaler, progress)
     assert progress.sums.is_meta
 
 
@@ -350,6 +353,13 @@ def test_four_processes_compute_what_one_of_four_parts_does(
         taught, in_one_process, shared_folder):
     run_script("train.py", *student_flags(shared_folder, taught, "4x1", 1), processes=4)
     assert_equal_up_to_rounding(taught / "4x1", in_one_process)
+
+
+def test_processes_gather_the_labels_that_one_process_keeps(taught, in_one_process):
+    for epoch in range(2):
+        gathered, kept = (teacher.label_file(run, epoch).read_bytes()
+                          for run in (taught / "2x2", in_one_process))
+        assert gathered == kept
 
 
 def test_evaluation_gives_what_two_processes_noted_of_a_convnets_best_epoch(
