@@ -99,28 +99,39 @@ class Batches(list):                     # in the place of a loader, of 1,000 cl
     dataset = argparse.Namespace(images=argparse.Namespace(classes=range(1000)))
 
 
-def race_training(size, args):
-    """Whole steps: from bytes, or the official floats, in the host's memory to new weights."""
+def our_training(size, args, teacher_model=None, **settings):
+    """A function that trains for some steps by train_epoch, and how many images that takes."""
     device, is_cuda, batch = args.device, args.device == "cuda", BATCH[args.device][size]
     number = 20 if is_cuda else 1
     labels = torch.randint(1000, (batch,), pin_memory=is_cuda)
-
-    # train.py's; as many repeats as leave two views of each number, to be mixed
-    recipe = train.Recipe(model=size, batch_size=batch, repeats=min(3, batch // 2), ema=0.99996,
-                          precision="bf16" if is_cuda else "fp32")
     pixels = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8, pin_memory=is_cuda)
     loader = Batches([(pixels, labels)] * number)
-    ours = deit.create_model(size, drop_path=0.1).to(device)
-    models = {"model": ours, "averaged_model": copy.deepcopy(ours).requires_grad_(False)}
-    optimizer = torch.optim.AdamW(train.parameter_groups(ours, 0.05), lr=1e-6, fused=True)
+
+    # as many repeats as leave two views of each number, to be mixed
+    recipe = train.Recipe(model=size, batch_size=batch, repeats=min(3, batch // 2),
+                          precision="bf16" if is_cuda else "fp32", **settings)
+    model = deit.create_model(size, distilled=bool(recipe.distill), drop_path=0.1).to(device)
+    models = {"model": model, "averaged_model": copy.deepcopy(model).requires_grad_(False)}
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.05), lr=1e-6, fused=True)
+    teacher_labels = torch.zeros(number + 1, batch, dtype=torch.int32, device=device)
     world = evaluate.World(1, 1, 0, torch.device(device))    # rank 1 shows no progress bar
     progress = train.Progress(None, recipe, world, number, 0)
     if args.compile:
-        ours.compile()
+        model.compile()
 
-    def our_steps():
-        train.train_epoch(0, recipe, world, loader, models, ours, None, None, optimizer,
-                          torch.amp.GradScaler(device, enabled=False), progress)
+    def steps():
+        train.train_epoch(0, recipe, world, loader, models, model, teacher_model, teacher_labels,
+                          optimizer, torch.amp.GradScaler(device, enabled=False), progress)
+
+    return steps, number * batch
+
+
+def race_training(size, args):
+    """Whole steps: from bytes, or the official floats, in the host's memory to new weights."""
+    device, is_cuda, batch = args.device, args.device == "cuda", BATCH[args.device][size]
+    our_steps, images_in_all = our_training(size, args, ema=0.99996)
+    number = images_in_all // batch
+    labels = torch.randint(1000, (batch,), pin_memory=is_cuda)
 
     # The official way: timm's model and mixing, float16 with a scaler, .item() and synchronize
     # in each step, an average updated tensor by tensor.
@@ -159,6 +170,13 @@ def race_teachers(args):
         ours.compile()
     race(f"regnet_y_16gf, batch {len(images)}", lambda: ours(half),
          {"torchvision": lambda: inference(theirs, images)}, len(images), args)
+
+    # distilled steps from the labels that an earlier run kept, and as that run made them
+    for size in deit.SIZES:
+        read, images_in_all = our_training(size, args, distill="hard")
+        ask, _ = our_training(size, args, teacher_model=ours, distill="hard")
+        race(f"{size}: whole step from kept labels", read, {"teacher asked": ask}, images_in_all,
+             args)
 
 
 def timm_loader(root, indices, args, batch_size, **how):

@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def write_folder(root, classes=("cat", "dog", "owl"), train=16, val=5):
+def write_folder(root, classes=("cat", "dog", "owl"), train=16, val=5, size=(40, 36)):
     """root/{train,val}/<class>/<n>.jpg: noise around a color that tells the class."""
     rng = np.random.default_rng(0)
     for split, number in (("train", train), ("val", val)):
         for label, name in enumerate(classes):
             (root / split / name).mkdir(parents=True)
             for n in range(number):
-                pixels = rng.normal(40 + 80 * label, 30, (36, 40, 3)).clip(0, 255)
+                pixels = rng.normal(40 + 80 * label, 30, (*size[::-1], 3)).clip(0, 255)
                 path = root / split / name / f"{n}.jpg"
                 Image.fromarray(pixels.astype(np.uint8)).save(path)
     return root
