@@ -8,8 +8,8 @@ and CutMix, and diverges without erasing.
     python data.py DIR           draws contact_sheet.png: the paper's augmentation
     python data.py DIR --check   opens every image and names the unreadable ones
 
-DIR has train/ and val/ with a folder of images per class, or is one of the names demo,
-cifar10, cifar100.
+DIR has train/ and val/ with a folder of images per class, or is one of the names demo and
+cifar10.
 
 The loader's workers decode, crop, augment and deliver bytes. The device normalizes, erases
 and mixes. A view depends only on (seed, epoch, image, view number), and not on the worker
@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import os
 import sys
+from collections import Counter
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -289,6 +290,8 @@ def mix(images, labels, num_classes, *, repeats=3, mixup=0.8, cutmix=1.0):
 # Folders of images. images[i] is (RGB Pillow image, label), images.classes the names.
 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif",
+           ".tiff", ".webp", ".gif")
 SKIPPED = (".", "@", "$", "__")      # how the names of hidden and system folders begin
 
 
@@ -299,11 +302,15 @@ def read_rgb(path):
         if not os.path.isfile(path):                         # a pipe would wait for a writer
             raise FileNotFoundError("no such file, or not a regular one")
         with open(path, "rb") as file:
+            if b"ftyp" in file.read(12):
+                raise ValueError("it is an AVIF or HEIC file, whatever its name: save it "
+                                 "as JPEG")
             # other formats (EPS) make Pillow run external programs
             image = Image.open(file, formats=FORMATS)
             if image.mode.startswith(("I", "F")):
-                raise ValueError(f"pixels of mode {image.mode} have no fixed range: save it "
-                                 "with 8 bits a channel")
+                raise ValueError(
+                    f"pixels of mode {image.mode} have no fixed range: save it with 8 bits, "
+                    "for instance Image.fromarray((a / a.max() * 255).astype('uint8'))")
             return image.convert("RGB")
     except Exception as error:                               # Pillow raises whatever it meets
         raise ValueError(f"cannot read image {path}: {error}") from error
@@ -315,7 +322,10 @@ def class_folders(root):
     classes = sorted(entry.name for entry in os.scandir(root)
                      if not entry.is_file() and not entry.name.startswith(SKIPPED))
     if not classes:
-        raise ValueError(f"{root} has no class folders: move each image to {root}/<class>/")
+        raise ValueError(
+            f"{root} has no class folders: move each image to {root}/<class>/. For ImageNet's "
+            "val/, whose classes are in Kaggle's LOC_val_solution.csv or in the devkit, README "
+            "has the commands")
     return classes
 
 
@@ -332,11 +342,20 @@ class Folder(Dataset):
     def __init__(self, root):
         self.root = str(Path(root))
         self.classes = class_folders(root)
+        self.ignored = set()                                 # endings of other files
         paths, labels = [], []
         for label, name in enumerate(self.classes):
-            found = list_images(self.root, name)
+            files = list_files(self.root, name)
+            # as bytes, since a name may be no text
+            found = [os.fsencode(file) for file in files
+                     if file.lower().endswith(ENDINGS)]
+            others = {Path(file).suffix.lower() for file in files} - set(ENDINGS)
             if not found:
-                raise ValueError(f"no images in the class folder {root}/{name}: fill or remove it")
+                raise ValueError(
+                    f"no images in the class folder {root}/{name}, only files ending in "
+                    f"{others}: fill or remove it. Images end in {ENDINGS}")
+
+            self.ignored |= others
             paths += sorted(found)
             labels += [label] * len(found)
 
@@ -352,16 +371,16 @@ class Folder(Dataset):
         return read_rgb(os.path.join(self.root, path)), int(self.labels[index])
 
 
-def list_images(top, name):
-    """The paths of the images in the class folder top/name, from top on and as bytes."""
+def list_files(top, name):
+    """The paths of the files in the class folder top/name, from top on."""
     def fail(error):                                         # os.walk would skip the folder
         raise error
 
     paths = []
     for root, folders, files in os.walk(os.path.join(top, name), onerror=fail):
         folders[:] = [folder for folder in folders if not folder.startswith(SKIPPED)]
-        paths += [os.fsencode(os.path.join(root[len(top) + 1:], file)) for file in files
-                  if datasets.folder.is_image_file(file) and not file.startswith(SKIPPED)]
+        paths += [os.path.join(root[len(top) + 1:], file) for file in files
+                  if not file.startswith(SKIPPED)]
     return paths
 
 
@@ -388,7 +407,7 @@ def patterns(u, v):
 
 class Demo(Dataset):
     """Ten patterns drawn by formula, 4,000 training and 1,000 validation images of 64 x 64
-    pixels: a bright color on a dark one, shifted, turned a little, with pixel noise."""
+    pixels: a bright color on a dark one, shifted and scaled, with pixel noise."""
 
     classes = list(patterns(0, 0))
     train_size = 4000
@@ -403,15 +422,10 @@ class Demo(Dataset):
     def __getitem__(self, index):
         rng = np.random.default_rng([int(self.train), index])
         label = index % len(self.classes)
-        angle = rng.uniform(-0.2, 0.2)
         period = rng.uniform(10, 14)
-        center = rng.uniform(16, 48) + 1j * rng.uniform(16, 48)
-
-        # a complex number for each pixel: shifted, turned and scaled
-        x, y = np.meshgrid(np.arange(64), np.arange(64))
-        z = (x + 1j * y - center) * np.exp(1j * angle) / period
-        z = z - z.round()
-        ink = patterns(abs(z.real), abs(z.imag))[self.classes[label]][:, :, None]
+        u, v = (np.arange(64) - rng.uniform(0, 64, (2, 1))) / period
+        distances = np.meshgrid(abs(u - u.round()), abs(v - v.round()))
+        ink = patterns(*distances)[self.classes[label]][:, :, None]
 
         dark, bright = rng.uniform(0, 90, 3), rng.uniform(165, 255, 3)
         pixels = dark + (bright - dark) * ink + rng.normal(0, 8, (64, 64, 3))
@@ -421,7 +435,6 @@ class Demo(Dataset):
 NAMED = {
     "demo": Demo,
     "cifar10": partial(datasets.CIFAR10, "datasets", download=True),
-    "cifar100": partial(datasets.CIFAR100, "datasets", download=True),
 }
 
 
@@ -435,8 +448,9 @@ def open_split(source, *, train):
     if split.is_dir():
         return Folder(split)
     if train or not root.is_dir() or (root / "train").is_dir():
-        raise FileNotFoundError(f"no folder {str(split)!r}: --data takes a folder with train/ and "
-                                f"val/, which hold class folders of images, or {', '.join(NAMED)}")
+        raise FileNotFoundError(
+            f"no folder {str(split)!r}: --data takes a folder with train/ and val/, which hold "
+            f"class folders of images, or {', '.join(NAMED)}")
     return Folder(root)
 
 
@@ -445,10 +459,13 @@ def open_dataset(source):
     FileNotFoundError or ValueError."""
     train_images = open_split(source, train=True)
     val_images = open_split(source, train=False)
-    only = set(train_images.classes) ^ set(val_images.classes)
-    if only or len(train_images.classes) < 2:
-        raise ValueError(f"{source} needs the same two or more class folders in train/ and val/; "
-                         f"in one of them only: {sorted(only)[:5]}")
+    train_classes, val_classes = set(train_images.classes), set(val_images.classes)
+    if train_classes != val_classes or len(train_classes) < 2:
+        # ascii shows how names that look alike differ
+        raise ValueError(
+            f"{source} needs the same two or more class folders in train/ and val/; train/ "
+            f"only: {ascii(sorted(train_classes - val_classes)[:5])}; val/ only: "
+            f"{ascii(sorted(val_classes - train_classes)[:5])}")
     return train_images, val_images
 
 
@@ -521,33 +538,37 @@ def contact_sheet(images, image_size):
     pixels, labels = TrainBatches(images, image_size)[request]
     views, _ = mix(erase(normalize(pixels)), labels, len(images.classes))
 
-    columns = normalize(torch.stack(evaluation)), *views.unflatten(0, (-1, 3)).unbind(1)
-    cells = torch.stack(columns, dim=1).flatten(0, 1)        # row by row
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 3, 1, 1)
-    sheet = make_grid((cells * std + mean).clamp(0, 1), nrow=4)
+    rows = normalize(torch.stack(evaluation))[:, None], views.unflatten(0, (-1, 3))
+    cells = torch.cat(rows, dim=1).flatten(0, 1)
+    sheet = make_grid(cells, nrow=4, normalize=True, value_range=(-2.1, 2.6))
     return sheet, [images.classes[label] for label in labels[::3]]
 
 
 def check(images, name):
-    """Opens every image; prints their number and the unreadable ones. Returns the number of
-    these."""
+    """Opens every image; prints the unreadable ones, what was ignored and the number of images
+    of each class. Returns the number of unreadable images."""
     def look(index):
         try:
-            images[index]
+            return images.classes[images[index][1]]
         except ValueError as error:
             return error
 
     with ThreadPool() as threads:                            # Pillow decodes in parallel
-        found = tqdm(threads.imap(look, range(len(images))), name, len(images))
-        bad = [error for error in found if error]
+        found = Counter(tqdm(threads.imap(look, range(len(images))), name, len(images)))
+    bad = [error for error in found if isinstance(error, ValueError)]
+    counts = found - Counter(bad)
     print(f"{name}: {len(images)} images, {len(bad)} unreadable", *bad, sep="\n  ")
+
+    largest = max(counts.values()) / len(images)
+    print(f"  of each class: {dict(counts)}, the largest {largest:.1%}")
+    print(f"  other file(s) ignored, with the endings {getattr(images, 'ignored', 'none')}")
     return len(bad)
 
 
 def main():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=(
         "Draws contact_sheet.png, the paper's augmentation; with --check, opens every image."))
-    parser.add_argument("data", metavar="DIR", help="train/ and val/, demo, cifar10 or cifar100")
+    parser.add_argument("data", metavar="DIR", help="train/ and val/, demo or cifar10")
     parser.add_argument("--check", action="store_true", help="name the unreadable files")
     parser.add_argument("--image-size", type=int, default=224, help="pixels (224)")
     args = parser.parse_args()

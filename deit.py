@@ -261,6 +261,8 @@ def model_from_state_dict(state, *, image_size=None, num_classes=None, distilled
     """load_model for a state dict under the official names; `fresh_head` replaces the heads
     even if their number of classes is right."""
     size, was_distilled, file_image_size, file_classes = infer_architecture(state)
+    if not file_classes and not num_classes:
+        raise ValueError("it has no classification head: it can be --init, for a fresh one")
     if distilled is None:
         distilled = was_distilled
     model = DeiT(size, distilled=distilled, image_size=image_size or file_image_size,
@@ -285,15 +287,19 @@ def model_from_state_dict(state, *, image_size=None, num_classes=None, distilled
 def infer_architecture(state):
     """(size, distilled, image size, number of classes) of a state dict under the official
     names. Raises ValueError if it is not a DeiT's."""
-    if not {"pos_embed", "head.weight"} <= state.keys():
-        raise ValueError("not a DeiT: expected pos_embed, head.weight, ..., or mmpretrain's or "
-                         f"Hugging Face's names for them; found {list(state)[:3]}")
+    if not {"pos_embed", "patch_embed.proj.weight"} <= state.keys():
+        raise ValueError("not a DeiT: expected pos_embed, patch_embed.proj.weight, ..., or "
+                         "mmpretrain's or Hugging Face's names for them; found "
+                         f"{list(state)[:3]}")
+    if "blocks.0.gamma_1" in state:
+        raise ValueError("a DeiT III, whose blocks differ (LayerScale)")
+
     distilled = "dist_token" in state
     _, num_positions, dim = state["pos_embed"].shape
     side = math.isqrt(num_positions - (2 if distilled else 1))
     for size, (width, _) in SIZES.items():
         if width == dim:
-            return size, distilled, side * PATCH_SIZE, len(state["head.weight"])
+            return size, distilled, side * PATCH_SIZE, len(state.get("head.weight", ()))
     raise ValueError(f"not a DeiT: expected a width of 192, 384 or 768, found {dim}")
 
 
@@ -322,21 +328,20 @@ def replace_parts(state, fresh, prefixes):
 # --------------------------------------------------------------------------------------
 # Four layouts, one set of names
 
-# Keys under which a checkpoint may hold its weights. If there are several, the last wins.
-# (Ours is averaged_model since timm would open model_ema in preference to model.)
-WRAPPERS = ("state_dict", "model")
+# Keys under which a checkpoint may hold averaged weights. (Ours is averaged_model since timm
+# would open model_ema in preference to model.)
 AVERAGED = ("state_dict_ema", "model_ema", "averaged_model")
 
 # Regular expressions that turn the names of other projects into the official ones. They
 # are applied in this order, each to the result of those before.
 RENAMES = [
-    # wrappers: DistributedDataParallel, torch.compile
-    (r"^(module\.|_orig_mod\.)+", ""),
+    # wrappers: DistributedDataParallel, torch.compile, FSDP
+    (r"\b(module|_orig_mod|_fsdp_wrapped_module)\.", ""),
 
     # mmpretrain
-    (r"^backbone\.ln1\.", "norm."),
-    (r"^backbone\.layers\.", "blocks."),
-    (r"^(backbone\.|head\.layers\.)", ""),
+    (r"^ln1\.", "norm."),
+    (r"^layers\.", "blocks."),
+    (r"^head\.layers\.", ""),
     (r"^patch_embed\.projection\.", "patch_embed.proj."),
     (r"\.ln([12])\.", r".norm\1."),
     (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
@@ -362,10 +367,15 @@ RENAMES = [
 
 
 def official_names(state):
-    """A state dict of any of the four layouts under the official names."""
+    """A state dict of any of the four layouts under the official names. What stands before
+    cls_token, as "model." in Lightning's files, is taken off all names."""
+    prefix = ""
+    for name in state:
+        if name.endswith("cls_token"):
+            prefix = re.sub(r"((deit|vit)\.embeddings\.)?cls_token$", "", name)
     renamed = {}
     for name, tensor in state.items():
-        name = str(name)
+        name = name.removeprefix(prefix)
         for pattern, replacement in RENAMES:
             name = re.sub(pattern, replacement, name)
         if name in renamed:
@@ -382,17 +392,27 @@ def official_names(state):
 
 
 def find_state_dict(checkpoint, ema=False):
-    """The tensors of a checkpoint under the official names; with `ema`, those of averaged
-    weights. Raises ValueError if there are no averaged weights."""
-    state = {} if ema else checkpoint                                # a bare state dict
-    keys = AVERAGED if ema else WRAPPERS
-    for key in keys:
-        if isinstance(checkpoint.get(key), dict):
-            state = checkpoint[key]
-    if ema and not state:
+    """The tensors of a checkpoint's model under the official names, wherever they are; with
+    `ema`, those of averaged weights. Raises ValueError if there are none, or several."""
+    found = {key: state for key, state in nested_tensors(checkpoint) if (key in AVERAGED) == ema}
+    if ema and not found:
         raise ValueError("it holds no averaged weights")
-    return official_names({name: value for name, value in state.items()
-                           if isinstance(value, torch.Tensor)})
+    models = {key: state for key, state in found.items()
+              if any(name.endswith(("cls_token", "fc.weight")) for name in state)}
+    if len(models) > 1:
+        raise ValueError(f"it holds several models, {list(models)}: save one of them")
+    return official_names(max((models or found).values(), key=len, default={}))
+
+
+def nested_tensors(content, key=""):
+    """(key, {name: tensor}) of each nested dict that holds tensors."""
+    tensors = {str(name): value for name, value in content.items()
+               if isinstance(value, torch.Tensor)}
+    if tensors:
+        yield key, tensors
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from nested_tensors(value, name)
 
 
 def load_strictly(model, state):
@@ -415,12 +435,12 @@ def read_checkpoint(source):
     cannot be downloaded, ValueError for one that is damaged or holds anything else."""
     if source in PUBLISHED:
         source = URL + PUBLISHED[source].file
-    if str(source).startswith("https://"):
-        source = download(source)
-    path = Path(source)
+    is_url = str(source).startswith("https://")
+    path = download(source) if is_url else Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file {str(source)!r}: give a path, an https URL or "
-                                f"one of {', '.join(PUBLISHED)}")
+        raise FileNotFoundError(f"no weights file {str(source)!r}: give a file, an https URL (of "
+                                "Hugging Face: https://huggingface.co/NAME/resolve/main/"
+                                f"model.safetensors) or one of {', '.join(PUBLISHED)}")
     try:
         return dict(read_file(path))
     except Exception as error:           # whatever a damaged file makes torch or zipfile raise
@@ -428,10 +448,25 @@ def read_checkpoint(source):
         # between "WeightsUnpickler error: " and "Please" or "Check the documentation"
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         reason = re.sub(r".*error: |Please.*|Check the doc.*", "", reason)
+        if "global" in reason or "TorchScript" in reason:
+            reason += RESAVE.format(path)
+        if is_url:
+            path.unlink()                # so the next try downloads it again
         raise ValueError(f"cannot read tensors and plain values from {path}: {reason}") from error
 
 
+# what a user may do with a file that holds more than tensors and plain values
+RESAVE = ("""If you trust it: python -c "import torch; c = torch.load('{}', 'cpu', """
+          """weights_only=False); c = c.state_dict() if hasattr(c, 'state_dict') else c; """
+          """torch.save(c.get('state_dict', c.get('model', c)), 'weights.pth')\"""")
+
+
 def read_file(path):
+    with open(path, "rb") as file:
+        start = file.read(20)
+    if start.startswith((b"version https://git", b"<", b"{")):
+        raise ValueError("it is a text: a Git LFS pointer (git lfs pull fetches the file), an HTML "
+                         "page or an index")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file      # a package that only such files need
         return load_file(path)
@@ -474,12 +509,9 @@ def naming(source):
 
 
 def main():
-    print("published, in %     parameters    top-1    top-5  file")
+    print("published, in %       top-1    top-5  file")
     for name, row in PUBLISHED.items():
-        with torch.device("meta"):                       # shapes only: nothing is allocated
-            model = DeiT(row.size, distilled=row.distilled, image_size=row.image_size)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{name:<18}{parameters:>12,}{row.top1:>9.3f}{row.top5:>9.3f}  {row.file}")
+        print(f"{name:<18}{row.top1:>9.3f}{row.top5:>9.3f}  {row.file}")
 
 
 if __name__ == "__main__":

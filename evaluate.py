@@ -34,9 +34,10 @@ from teacher import load_any
 # --------------------------------------------------------------------------------------
 # Scores
 
-# Of the images of all processes: their number, top-1 and top-5 in %, and the mean loss
-# (officially a mean over batches). Of this process's own: decisions and labels (N,).
-Score = namedtuple("Score", "images top1 top5 loss decisions labels")
+# Of the images of all processes: their number, top-1 and top-5 in %, top-1 among all classes
+# of the model, if the data has a part of them, and the mean loss (officially a mean over
+# batches). Of this process's own: decisions and labels (N,).
+Score = namedtuple("Score", "images top1 top5 top1_of_all loss decisions labels")
 
 
 def predict(model, images):
@@ -62,26 +63,30 @@ def evaluate(model, loader, device, *, class_indices=slice(None)):
         images = data.normalize(pixels.to(device, non_blocking=True))   # (B, 3, S, S)
         labels = labels.to(device, non_blocking=True)                   # (B,)
         for head, logits in predict(model, images).items():
-            judged.setdefault(head, []).append(judge(logits[:, class_indices], labels))
+            judged.setdefault(head, []).append(judge(logits, labels, class_indices))
 
     scores = {}
     for head, batches in judged.items():
-        rows = torch.cat(batches, dim=1)                                # (5, own images)
+        rows = torch.cat(batches, dim=1)                                # (6, own images)
         decisions, labels, *counted = rows.unbind()
         sums = torch.stack([torch.ones_like(labels), *counted]).sum(dim=1)
-        images, correct1, correct5, loss = all_reduce(sums).tolist()
-        scores[head] = Score(images, 100 * correct1 / images, 100 * correct5 / images,
-                             loss / images, decisions, labels)
+        images, *hits, loss = all_reduce(sums).tolist()
+        percents = [100 * number / images for number in hits]
+        scores[head] = Score(images, *percents, loss / images, decisions, labels)
     return scores
 
 
-def judge(logits, labels):
-    """Rows (5, B) of logits (B, K), in float64: decision, label, whether the decision is
-    right, whether one of the first five is, loss."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices          # (B, 5), best first
+def judge(logits, labels, class_indices):
+    """Rows (6, B) of logits (B, K), in float64: decision; label; whether the decision is
+    right, whether one of the first five is, whether the decision among all K is; loss."""
+    answers = torch.arange(logits.shape[1], device=logits.device)[class_indices][labels]
+    part = logits[:, class_indices]
+    best = part.topk(min(5, part.shape[1]), dim=1).indices              # (B, 5), best first
     hits = best == labels[:, None]                                      # (B, 5)
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")  # (B,)
-    rows = best[:, 0], labels, hits[:, 0], hits.any(dim=1), losses
+    losses = F.cross_entropy(part.float(), labels, reduction="none")    # (B,)
+
+    rows = (best[:, 0], labels, hits[:, 0], hits.any(dim=1), logits.argmax(dim=1) == answers,
+            losses)
     return torch.stack([row.double() for row in rows])
 
 
@@ -112,21 +117,25 @@ def chance_level(score, num_classes):
 
 
 def find_class_indices(folders, loaded, reference=None):
-    """The model's class for each class folder: by name if names are known (from the
-    checkpoint, or else from the folders of `reference`), else by number if the folders are
-    numbers (ImageNet-V2), else by order. Raises ValueError."""
+    """(the model's class for each class folder, how it is known): by name if the checkpoint
+    has names, or else `reference`, whose folders are all classes. Without, ImageNet's 1,000
+    folders are taken by WordNet id or by number (ImageNet-V2), and those of any other model
+    in the order that torchvision gives them. Raises ValueError."""
     known = loaded.classes
     if reference and not known:
         known = data.class_folders(reference)
     if known and len(known) == loaded.num_classes and set(folders) <= set(known):
-        return [known.index(name) for name in folders]
-    if set(folders) == set(map(str, range(loaded.num_classes))):
-        return [int(name) for name in folders]
-    if known or len(folders) != loaded.num_classes:
-        raise ValueError(f"the model's {loaded.num_classes} classes are others than the data's "
-                         f"({folders[:3]}, ...), or it does not know their names: for a part of "
-                         "ImageNet add --reference DIR, a whole val/")
-    return list(range(len(folders)))
+        return [known.index(name) for name in folders], "matched by name"
+    if loaded.num_classes == 1000 and set(folders) == set(map(str, range(1000))):
+        return [int(name) for name in folders], "matched by number"
+
+    is_wordnet = all(re.fullmatch(r"n\d{8}", name) for name in folders)
+    is_ordered = is_wordnet or loaded.num_classes != 1000
+    if is_ordered and not known and len(folders) == loaded.num_classes:
+        return list(range(len(folders))), "in the folders' order"
+    raise ValueError(f"the model's {loaded.num_classes} classes are others than the data's "
+                     f"({folders[:3]}, ...), or it does not know their names: for a part of "
+                     "ImageNet add --reference DIR, a whole val/")
 
 
 def evaluate_folder(args, world):
@@ -141,15 +150,16 @@ def evaluate_folder(args, world):
     loader = data.eval_loader(
         images, size, crop_ratio=args.crop_ratio, batch_size=args.batch_size,
         workers=args.workers, rank=world.rank, world_size=world.size)
-    lines = [f"{len(images)} images, short side to "
-             f"{data.short_side(size, args.crop_ratio)}, bicubic, center {size} x {size}"]
+    compare_processes(world, data.fingerprint(images))
+    lines = [f"{len(images)} images, short side to {data.short_side(size, args.crop_ratio)}, "
+             f"bicubic, center {size} x {size}, ImageNet's mean and standard deviation"]
 
     scores = []
     for source, loaded in zip([*args.teacher, args.weights], [*teachers, model]):
         with deit.naming(source):
-            indices = find_class_indices(images.classes, loaded, args.reference)
-        lines.append(f"{source}: {loaded.size}, folder {images.classes[-1]} is its class "
-                     f"{indices[-1]}")
+            indices, how = find_class_indices(images.classes, loaded, args.reference)
+        lines.append(f"{source}: {loaded.size}, scored among {len(indices)} of its "
+                     f"{loaded.num_classes} classes, {how}")
 
         of_heads = evaluate(
             loaded.model.to(world.device), tqdm(loader, disable=world.rank > 0),
@@ -157,12 +167,14 @@ def evaluate_folder(args, world):
         for head, score in of_heads.items():
             if not math.isfinite(score.loss):
                 raise FloatingPointError(f"{source}: its output is not finite")
-            scores.append((f"{source} {head}", score))
+            line = f"Acc@1 {score.top1:.3f} Acc@5 {score.top5:.3f} loss {score.loss:.3f}"
+            if len(indices) < loaded.num_classes:
+                line += f" (among all its classes Acc@1 {score.top1_of_all:.3f})"
+            scores.append((f"{source} {head}", score, line))
 
-    for name, score in scores:                   # the last is the model's own output
-        line = f"Acc@1 {score.top1:.3f} Acc@5 {score.top5:.3f} loss {score.loss:.3f}"
+    for name, score, line in scores:             # the last is the model's own output
         if len(scores) > 1:
-            shares = [f"{agreement(score, other):.3f}" for _, other in scores]
+            shares = [f"{agreement(score, other):.3f}" for _, other, _ in scores]
             lines.append(f"{name}: {line}, agreement with each {' '.join(shares)}")
     if world.rank == 0:
         print(*lines, f"* {line}", sep="\n")
@@ -182,12 +194,22 @@ def class_names(loaded):
 
 @torch.no_grad()
 def name_pictures(args, device):
-    """Prints the five likeliest classes of each picture, one picture at a time."""
+    """Prints the five likeliest classes of each picture, one picture at a time, or why it
+    cannot be read. A folder stands for all that is in it."""
     loaded = load_any(args.weights, image_size=args.image_size, ema=args.ema)
     model, names = loaded.model.to(device), class_names(loaded)
     transform = data.eval_transform(loaded.image_size, crop_ratio=args.crop_ratio)
-    for path in args.image:
-        image = data.normalize(transform(data.read_rgb(path))[None].to(device))
+    paths = []
+    for path in map(Path, args.image):
+        paths += sorted(path.glob("*")) or [path]
+
+    for path in paths:
+        try:
+            picture = data.read_rgb(path)
+        except ValueError as error:
+            print(error)
+            continue
+        image = data.normalize(transform(picture)[None].to(device))
         probabilities = predict(model, image)["mean"][0].softmax(dim=0)     # (K,)
         print(path)
         for value, label in zip(*probabilities.topk(min(5, len(names)))):
@@ -206,6 +228,9 @@ def init_processes():
     sys.stdout.reconfigure(errors="backslashreplace")    # file names may not be UTF-8
     torch.backends.cudnn.allow_tf32 = False              # keep float32 exact: no TF32
 
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise ValueError("srun started several processes that do not know of each other: let it "
+                         "start one torchrun on each machine, as in README")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -226,6 +251,16 @@ def init_processes():
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store,
                             rank=rank, world_size=size, timeout=timedelta(minutes=30))
     return World(rank, size, local_rank, device)
+
+
+def compare_processes(world, facts):
+    """Raises ValueError unless the facts are the same in all processes."""
+    of_all = [None] * world.size
+    if world.size > 1:
+        dist.all_gather_object(of_all, facts)
+    if len(set(of_all)) > 1:
+        raise ValueError(f"the processes differ: {of_all}. All need the same files in --data, and "
+                         "--output on a shared disk")
 
 
 @contextlib.contextmanager
@@ -258,7 +293,7 @@ def one_line_errors(program):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(f"{message} (--help lists the flags)")
+        raise ValueError(f"{message} (--help lists the flags; torchrun starts several processes)")
 
 
 def parse_flags():
@@ -267,7 +302,7 @@ def parse_flags():
     add("--weights", required=True,
         help="a file, a URL, a published name (tiny, base-distilled-384), or a teacher")
     add("--data", help="a folder with val/, or val/ itself, or a name as in data.py")
-    add("--image", nargs="+", help="pictures to name, in place of --data")
+    add("--image", nargs="+", help="pictures to name, or folders of them")
     add("--teacher", nargs="+", default=[],
         help="models to compare decisions with, as in table 4")
 

@@ -12,9 +12,8 @@ A run with hard distillation keeps its labels, two bytes a view, and the folder 
 the teacher of later ones, which need not ask the network again.
 
 SOURCE is "official" (the paper's), a torchvision RegNet's name (its ImageNet weights,
-version 2: regnet_y_16gf, 82.886 %), an entry (RegNet_Y_16GF_Weights.IMAGENET1K_V1), a file
-or an https URL; or the folder of a run. Files hold a RegNet under torchvision's or timm's
-names, or a DeiT in any layout that deit.py reads.
+version 2: regnet_y_16gf, 82.886 %), a file, an https URL, or the folder of a run. Files hold
+a RegNet under torchvision's or timm's names, or a DeiT in any layout that deit.py reads.
 """
 import argparse
 import hashlib
@@ -176,18 +175,16 @@ def regnet_from_state_dict(state, *, num_classes=None, fresh_head=False, **ignor
 
 
 def weights_url(source):
-    """The URL behind "official", a RegNet's name or a torchvision weights entry; any other
-    source is returned as it is. Raises ValueError for weights that do not exist."""
+    """The URL behind "official" or the name of a RegNet; any other source is returned as it
+    is. Raises ValueError for a RegNet without such weights."""
     if source == "official":
         return OFFICIAL
-    if source in REGNETS:
-        source = f"{models.get_model_weights(source).__name__}.IMAGENET1K_V2"
-    if "_Weights." not in str(source):
+    if source not in REGNETS:
         return source
-    try:
-        return models.get_weight(source).url
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"torchvision has no weights {source}: see its RegNet page") from error
+    weights = models.get_model_weights(source)
+    if not hasattr(weights, "IMAGENET1K_V2"):
+        raise ValueError(f"torchvision has no IMAGENET1K_V2 weights of {source}")
+    return weights.IMAGENET1K_V2.url
 
 
 # What differs in timm's names of a RegNet's parameters, and in torchvision's.
@@ -221,13 +218,13 @@ def main():
     try:
         if Path(source).is_dir():
             print(f"{source} keeps labels:", json.dumps(read_made_with(source), indent=4))
-            return
+        else:
+            loaded = load_any(source)
 
-        loaded = load_any(source)
+            print(f"{source}: {loaded.size} at {loaded.image_size} pixels, "
+                  f"{loaded.num_classes} classes, names {loaded.classes}")
     except (OSError, ValueError) as error:
         sys.exit(f"teacher.py: {error}")
-    print(f"{source}: {loaded.size} at {loaded.image_size} pixels, {loaded.num_classes} "
-          f"classes, names {loaded.classes}")
 
 
 if __name__ == "__main__":

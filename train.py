@@ -79,8 +79,8 @@ class Recipe:
     # what is trained, on what
     model: str = flag("tiny", "tiny, small, base or a torchvision RegNet",
                       [*deit.SIZES, *teacher.REGNETS])
-    data: str = flag("imagenet", "a folder with train/ and val/, demo, cifar10 or "
-                     "cifar100; where there is no ./imagenet, demo")
+    data: str = flag("imagenet", "a folder with train/ and val/, demo or cifar10; "
+                     "where there is no ./imagenet, demo")
     image_size: positive_int = flag(224, "pixels, a multiple of 16")
     init: str = flag(None, "weights to start from: a file, URL or name")
 
@@ -339,7 +339,9 @@ def train(recipe, checkpoint, world, folder):
     with evaluate.local_rank_zero_first(world):              # which may download
         images, val_images = data.open_dataset(recipe.data)
     files = data.fingerprint(images)
-    compare_processes(world, (checkpoint is None, len(log), files))
+    evaluate.compare_processes(
+        world, ("epochs done, precision, hashes of train/ and val/:", len(log),
+                recipe.precision, files, data.fingerprint(val_images)))
 
     sampler = data.RepeatedAugSampler(
         len(images), world.rank, world.size, batch_size=part_size,
@@ -362,12 +364,12 @@ def train(recipe, checkpoint, world, folder):
 
     # teacher: a network to ask, or the labels that an earlier run kept
     teacher_model, teacher_score = None, None
-    made_with = what_decides(recipe, loader, files, world.device)
     reads_labels = recipe.distill == "hard" and Path(recipe.teacher).is_dir()
+    if recipe.distill and not reads_labels:
+        teacher_model, teacher_score = load_teacher(recipe, images.classes, val_loader, world)
+    made_with = what_decides(recipe, loader, files, world.device)
     if reads_labels:
         check_kept_labels(recipe.teacher, made_with, recipe.epochs)
-    elif recipe.distill:
-        teacher_model, teacher_score = load_teacher(recipe, images.classes, val_loader, world)
 
     # optimizer
     groups = parameter_groups(model, recipe.weight_decay)
@@ -378,10 +380,12 @@ def train(recipe, checkpoint, world, folder):
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
 
     # what the run has so far
-    facts = {"recipe": asdict(recipe), "classes": images.classes, "made_with": made_with}
+    facts = {"recipe": asdict(recipe), "classes": images.classes, "files": files, **made_with}
     stateful = models | {"optimizer": optimizer, "scaler": scaler}
     if checkpoint:
-        require_same(checkpoint["made_with"], made_with, "the run to resume has")
+        require_same(checkpoint, {"classes": images.classes, **made_with}, "the run to resume has")
+        if checkpoint["files"] != files:
+            print("train/ holds other images than when the run began: it goes on with them")
         for name, each in stateful.items():
             each.load_state_dict(checkpoint[name])
     elif world.rank == 0:
@@ -451,12 +455,12 @@ def load_teacher(recipe, classes, val_loader, world):
 
 
 def what_decides(recipe, loader, files, device):
-    """{name: value} of what must be the same when a run goes on: the size of a part and the
-    files; with hard distillation all that decides the views, their mixes and so the
-    teacher's labels. Raises OSError or ValueError."""
+    """{name: value} of what must be the same when a run goes on: the size of a part; with
+    hard distillation all that decides the views, their mixes and so the teacher's labels.
+    Raises OSError or ValueError."""
     images = loader.dataset.images
     sampler = copy.copy(loader.sampler)
-    same = {"part_size": sampler.batch_size, "files": files}
+    same = {"part_size": sampler.batch_size}
     if recipe.distill != "hard":
         return same
     if len(images.classes) > 65_535:
@@ -469,12 +473,14 @@ def what_decides(recipe, loader, files, device):
 
     names = ("image_size", "seed", "batch_size", "repeats", "rand_augment", "erasing", "mixup",
              "cutmix")
-    # in this order they are compared
+
     return {
         **{name: getattr(recipe, name) for name in names},
         **same,
-        "classes": len(images.classes),
+        "files": files,
         "views": sampler.steps * recipe.batch_size,
+        "num_classes": len(images.classes),
+        # what computed them
         "device": device.type,
         "teacher": teacher.identity(recipe.teacher),
         "torch": torch.version.__version__,
@@ -525,17 +531,6 @@ def validate(models, val_loader, teacher_score, world):
         raise FloatingPointError("the validation loss is not finite; of this epoch nothing "
                                  "is saved. Try a lower --lr")
     return record
-
-
-def compare_processes(world, facts):
-    """Raises ValueError unless all processes have the same (no last.pth, epochs done,
-    training files)."""
-    of_all = [None] * world.size
-    if world.size > 1:
-        dist.all_gather_object(of_all, facts)
-    if len(set(of_all)) > 1:
-        raise ValueError("the processes differ in (no last.pth, epochs done, training files): "
-                         f"{of_all}. All need the same --data, and --output on a shared disk")
 
 
 def prepare_buckets(ddp_model, part_size, recipe, world):
@@ -663,7 +658,7 @@ PRESETS = {
 DEMO = {"image_size": 48, "epochs": 5, "batch_size": 64, "lr": 0.004,
         "warmup_epochs": 0.5}
 DEMO_TEACHER = {**PRESETS["convnet"], "model": "regnet_y_400mf", "data": "demo",
-                "epochs": 3, "warmup_epochs": 0.3, "label_smoothing": 0.0}
+                "epochs": 3, "warmup_epochs": 0.3}
 
 
 def option(name):

@@ -1,6 +1,11 @@
 """The model against timm, transformers and the published numbers."""
 import argparse
+import os
+import pathlib
 import pickle
+import re
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -9,7 +14,7 @@ import torch
 import transformers
 
 import deit
-from conftest import Malicious, difference, randomize, run_main
+from conftest import ROOT, Malicious, difference, randomize, run_main
 
 
 def timm_model(size="tiny", distilled=True, **settings):
@@ -140,6 +145,31 @@ def test_averaged_weights_are_found_only_when_asked_for(key):
     assert torch.equal(deit.find_state_dict(checkpoint, ema=True)["norm.bias"], torch.ones(3))
 
 
+@pytest.mark.parametrize("prefix", ["model.", "student.module.backbone."])
+def test_a_model_is_found_wherever_it_is_and_whatever_stands_before_its_names(prefix, tmp_path):
+    state = randomize(small_model()).state_dict()
+    named = {prefix + name: tensor for name, tensor in state.items()}
+    content = {"epoch": 3, "network": {"weights": named}, "optimizer": {"state": {0: {"step": 1}}}}
+    assert difference(deit.load_model(save(tmp_path, content)).state_dict(), state) is None
+
+
+def test_of_several_models_none_is_chosen(tmp_path):
+    state = small_model().state_dict()
+    with pytest.raises(ValueError, match=r"weights.pth: it holds several models, \['a', 'b'\]"):
+        deit.load_model(save(tmp_path, {"a": state, "b": state}))
+
+
+def test_a_backbone_without_a_head_gets_a_fresh_one_if_the_classes_are_known(tmp_path):
+    state = randomize(small_model()).state_dict()
+    backbone = {name: tensor for name, tensor in state.items() if not name.startswith("head")}
+    path = save(tmp_path, backbone)
+    loaded = deit.load_model(path, num_classes=7)
+    assert difference(loaded.state_dict() | {"head.weight": 0, "head.bias": 0},
+                      backbone | {"head.weight": 0, "head.bias": 0}) is None
+    with pytest.raises(ValueError, match="weights.pth: it has no classification head"):
+        deit.load_model(path)
+
+
 def test_positions_at_another_size_are_timms_without_antialias():
     state = timm_model().state_dict()
     resized = timm.layers.resample_abs_pos_embed(
@@ -179,6 +209,7 @@ def test_weights_in_half_precision_are_loaded_into_single():
     ("pos_embed", None, "not a DeiT: expected pos_embed, .* found .'cls_token'"),
     ("pos_embed", torch.zeros(1, 5, 1024), "expected a width of 192, 384 or 768, found 1024"),
     ("module._orig_mod.norm.bias", torch.zeros(192), "two tensors for 'norm.bias'"),
+    ("blocks.0.gamma_1", torch.zeros(192), "a DeiT III"),
     ("norm.bias", torch.full((192,), -torch.inf), "norm.bias is not made of"),
     ("norm.bias", torch.full((192,), 1e39, dtype=torch.float64), "norm.bias is not made of"),
     ("norm.bias", torch.zeros(192, dtype=torch.int64), "norm.bias is not made of")])
@@ -191,8 +222,28 @@ def test_what_is_not_exactly_a_deit_is_refused_in_one_line(tmp_path, name, tenso
 def test_a_malicious_file_is_not_executed_and_its_code_is_named(tmp_path):
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"model": Malicious()}, protocol=2))
     for path in (tmp_path / "pickle.pth", save(tmp_path, {"model": Malicious()})):
-        with pytest.raises(ValueError, match="exec was not an allowed global by default. $"):
+        with pytest.raises(ValueError, match="exec was not an allowed global by default. If you"):
             deit.read_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [
+    small_model(), {"state_dict": small_model().state_dict(), "where": pathlib.Path("a")}])
+def test_the_line_that_saves_a_trusted_file_again_makes_it_readable(content, tmp_path):
+    path = save(tmp_path, content)
+    with pytest.raises(ValueError, match="If you trust it: python -c") as refused:
+        deit.load_model(path)
+    (line,) = re.findall(r"python -c (\".*\")", str(refused.value))
+    subprocess.run(f"{sys.executable} -c {line}", shell=True, check=True, cwd=tmp_path,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert deit.load_model(tmp_path / "weights.pth").num_classes == 5
+
+
+@pytest.mark.parametrize("start", ["version https://git-lfs", "<!DOCTYPE html>", '{"weight_map'])
+def test_a_text_in_place_of_weights_is_said_to_be_one(start, tmp_path):
+    for name in ("weights.pth", "weights.safetensors"):
+        (tmp_path / name).write_text(start)
+        with pytest.raises(ValueError, match=f"{name}: .*a Git LFS pointer .*, an HTML page"):
+            deit.read_checkpoint(tmp_path / name)
 
 
 def test_damage_that_torch_does_not_see_is_found(tmp_path):
@@ -240,6 +291,13 @@ def test_two_urls_with_one_file_name_are_two_files(download):
         assert deit.read_checkpoint(url) == {"url": url}
 
 
+def test_a_download_that_cannot_be_read_does_not_stay(download, tmp_path):
+    download.side_effect = lambda url, path, hash_prefix: path.write_text("<html>")
+    with pytest.raises(ValueError, match="an HTML page"):
+        deit.read_checkpoint("https://example.org/model.pth")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_a_failed_download_is_named(tmp_path, download):
     download.side_effect = RuntimeError("invalid hash value")
     with pytest.raises(OSError, match=f"cannot download https:.* to {tmp_path}.*: invalid hash"):
@@ -249,7 +307,13 @@ def test_a_failed_download_is_named(tmp_path, download):
 def test_the_command_prints_the_eight_published_models(capsys):
     assert run_main(deit) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [row[1] for row in rows] == [
-        "5,717,416", "5,910,800", "22,050,664", "22,436,432",
-        "86,567,656", "87,338,192", "86,859,496", "87,630,032"]
-    assert rows[3][2:] == ["81.164", "95.376", "deit_small_distilled_patch16_224-649709d9.pth"]
+    assert rows[3] == ["small-distilled", "81.164", "95.376",
+                       "deit_small_distilled_patch16_224-649709d9.pth"]
+
+    sizes = []
+    for row in deit.PUBLISHED.values():
+        with torch.device("meta"):
+            model = deit.create_model(row.size, distilled=row.distilled, image_size=row.image_size)
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+    assert sizes == [5_717_416, 5_910_800, 22_050_664, 22_436_432, 86_567_656, 87_338_192,
+                     86_859_496, 87_630_032]

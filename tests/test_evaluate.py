@@ -73,6 +73,9 @@ def printed_by(capsys):
     return run
 
 
+MEAN_AND_STD = "ImageNet's mean and standard deviation"
+
+
 # in batches of 4 each process has 14, 7 + 7 or 5 + 5 + 4 of the images
 @pytest.mark.parametrize("processes, batches", [(1, 4), (2, 2), (3, 2)])
 def test_scores_and_agreements_equal_timms_on_any_number_of_processes(
@@ -82,9 +85,10 @@ def test_scores_and_agreements_equal_timms_on_any_number_of_processes(
         "--teacher", from_timm.root / "teacher.pth", "--batch-size", 4, "--workers", 1,
         processes=processes)
 
-    expected = ["14 images, short side to 109, bicubic, center 96 x 96",
-                f"{from_timm.root}/teacher.pth: tiny, folder g is its class 0",
-                f"{from_timm.weights}: tiny, folder g is its class 6"]
+    expected = [
+        f"14 images, short side to 109, bicubic, center 96 x 96, {MEAN_AND_STD}",
+        f"{from_timm.root}/teacher.pth: tiny, scored among 7 of its 7 classes, matched by name",
+        f"{from_timm.weights}: tiny, scored among 7 of its 7 classes, in the folders' order"]
     decisions = [logits.argmax(dim=1).numpy() for logits in from_timm.outputs.values()]
     for (name, logits), own in zip(from_timm.outputs.items(), decisions):
         shares = " ".join(f"{100 * np.mean(own == others):.3f}" for others in decisions)
@@ -104,7 +108,7 @@ def logits_at_48(from_timm):
 def test_another_image_size_and_crop_ratio_are_used(from_timm, printed_by):
     lines = printed_by("--weights", from_timm.weights, "--data", from_timm.root,
                        "--teacher", from_timm.root / "teacher.pth", *AT_48)
-    assert lines[0] == "14 images, short side to 96, bicubic, center 48 x 48"
+    assert lines[0].startswith("14 images, short side to 96, bicubic, center 48 x 48, ")
     assert lines[-1] == f"* {scores_of(logits_at_48(from_timm), from_timm.labels)}"
 
 
@@ -130,7 +134,7 @@ def test_chance_is_to_name_the_most_frequent_class_of_all_processes(monkeypatch)
     """Here of class 1, 20 + 40 of 100 images, plus three standard deviations of a binomial."""
     monkeypatch.setattr(evaluate, "all_reduce", lambda own: own + torch.tensor([10, 40, 0, 0]))
     labels = torch.tensor(25 * [0] + 20 * [1] + 5 * [2], dtype=torch.float64)
-    score = Score(100, 0.0, 0.0, 0.0, None, labels)
+    score = Score(100, 0.0, 0.0, 0.0, 0.0, None, labels)
     assert evaluate.chance_level(score, 4) == pytest.approx(60 + 3 * (100 * 0.6 * 0.4) ** 0.5)
 
 
@@ -138,18 +142,27 @@ def knowing(classes, number=None):
     return Loaded(None, "tiny", 224, number or len(classes), classes)
 
 
-@pytest.mark.parametrize("folders, loaded, expected", [
-    (["dog", "elk"], knowing(["cat", "dog", "elk"]), [1, 2]),
-    (["0", "2", "1"], knowing(["0", "2", "1"]), [0, 1, 2]),  # trained on numbered folders
-    (["0", "2", "1"], knowing(["cat", "dog", "elk"]), [0, 2, 1]),
-    (["cat", "dog", "elk"], knowing(None, 3), [0, 1, 2])])
-def test_folders_are_classes_by_name_then_by_number_then_in_order(folders, loaded, expected):
-    assert find_class_indices(folders, loaded) == expected
+WORDNET_IDS = [f"n{number:08}" for number in range(1000)]
+NUMBERS = sorted(map(str, range(1000)))                      # "0", "1", "10", "100", ...
+
+
+@pytest.mark.parametrize("folders, loaded, expected, how", [
+    (["dog", "elk"], knowing(["cat", "dog", "elk"]), [1, 2], "matched by name"),
+    (["0", "1", "10"], knowing(["0", "1", "10"]), [0, 1, 2], "matched by name"),
+    (NUMBERS, knowing(WORDNET_IDS), [*map(int, NUMBERS)], "matched by number"),
+    (NUMBERS, knowing(None, 1000), [*map(int, NUMBERS)], "matched by number"),
+    (WORDNET_IDS, knowing(None, 1000), [*range(1000)], "in the folders' order"),
+    (["0", "1", "10"], knowing(None, 3), [0, 1, 2], "in the folders' order")])
+def test_folders_are_classes_by_name_then_by_imagenets_numbers_then_in_order(
+        folders, loaded, expected, how):
+    assert find_class_indices(folders, loaded) == (expected, how)
 
 
 @pytest.mark.parametrize("folders, loaded", [
     (["cat", "dog", "pig"], knowing(["cat", "dog", "owl"])),
+    (["0", "1", "2"], knowing(["cat", "dog", "owl"])),
     (["cat", "dog"], knowing(["cat", "dog", "owl"], 1000)),  # of a reference that is no whole one
+    (sorted(map(str, range(1, 1001))), knowing(None, 1000)),
     (["1", "2", "102"], knowing(None, 1000))])
 def test_classes_that_do_not_fit_are_refused(folders, loaded):
     with pytest.raises(ValueError, match=f"the model's {loaded.num_classes} classes are others"):
@@ -161,8 +174,11 @@ def test_a_part_of_the_classes_is_scored_among_themselves(from_timm, tmp_path, p
         shutil.copytree(from_timm.root / "val" / name, tmp_path / "val" / name)
     lines = printed_by("--weights", from_timm.weights, "--data", tmp_path,
                        "--reference", from_timm.root / "val")
-    logits = from_timm.outputs["deit.pth mean"][[2, 3, 12, 13]][:, [1, 6]]
-    assert lines[-1] == f"* {scores_of(logits, [0, 0, 1, 1])}"
+    logits = from_timm.outputs["deit.pth mean"][[2, 3, 12, 13]]
+    of_all = 100 * (logits.argmax(dim=1) == torch.tensor([1, 1, 6, 6])).double().mean()
+    assert lines[-1] == (f"* {scores_of(logits[:, [1, 6]], [0, 0, 1, 1])} "
+                         f"(among all its classes Acc@1 {of_all:.3f})")
+    assert "scored among 2 of its 7 classes, matched by name" in lines[1]
 
 
 def test_pictures_get_their_five_likeliest_classes(from_timm, printed_by):
@@ -246,6 +262,35 @@ def test_a_later_process_is_silent_and_torchruns_summary_has_its_line(tmp_path, 
     assert end.value.code == 1                               # a text would be printed
     summary = ProcessFailure(local_rank=1, pid=1, exitcode=1, error_file=file)
     assert summary.message == "evaluate.py: it is 'wrong'"
+
+
+def test_a_folder_of_pictures_is_named_without_those_that_cannot_be_read(
+        from_timm, tmp_path, printed_by):
+    for n, name in ((0, "a.png"), (9, "c.png")):
+        shutil.copy(from_timm.paths[n], tmp_path / name)
+    (tmp_path / "b.png").write_bytes(from_timm.paths[1].read_bytes()[:200])
+    lines = printed_by("--weights", from_timm.weights, "--image", tmp_path)
+    one, other = (printed_by("--weights", from_timm.weights, "--image", tmp_path / name)
+                  for name in ("a.png", "c.png"))
+    assert lines[:6] == one and lines[7:] == other
+    assert lines[6].startswith(f"cannot read image {tmp_path / 'b.png'}: ")
+
+
+def test_processes_with_other_images_are_refused(monkeypatch):
+    def gather(of_all, mine):
+        of_all[:] = [mine, "other files"]
+
+    monkeypatch.setattr(evaluate.dist, "all_gather_object", gather)
+    world = World(rank=0, size=2, local_rank=0, device="cpu")
+    evaluate.compare_processes(world, "other files")
+    with pytest.raises(ValueError, match=r"the processes differ: \['mine', 'other files'\]"):
+        evaluate.compare_processes(world, "mine")
+
+
+def test_srun_without_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(ValueError, match="srun started several processes"):
+        evaluate.init_processes()
 
 
 @pytest.mark.parametrize("given, missing", [("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")])

@@ -118,7 +118,7 @@ def test_the_runs_say_where_labels_come_from_and_go(asked, shared_folder, tmp_pa
 
     assert run_main(teacher, asked) == 0
     printed = capsys.readouterr().out
-    for line in ('"epochs": 2', '"views": 48', '"classes": 3', f'"torch": "{torch.__version__}"'):
+    for line in ('"epochs": 2', '"views": 48', '"num_classes": 3', f'"torch": "{torch.__version__}"'):
         assert line in printed
 
 

@@ -108,6 +108,15 @@ def test_a_run_goes_on_with_its_own_images_and_labels_only(folder, whole_run, ca
     assert "the run to resume has files " in capsys.readouterr().err
 
 
+def test_a_run_that_keeps_no_labels_goes_on_without_an_image_and_says_so(
+        folder, tmp_path, capsys):
+    flags = small_run(folder, tmp_path / "run")
+    assert run_main(train, *flags) == 0
+    (folder / "train" / "cat" / "0.jpg").unlink()
+    assert run_main(train, *flags, "--resume") == 0
+    assert "train/ holds other images than when the run began" in capsys.readouterr().out
+
+
 def test_a_damaged_checkpoint_is_refused_in_one_line(whole_run, tmp_path, capsys):
     content = bytearray((whole_run / "last.pth").read_bytes())
     content[len(content) // 2] ^= 1
@@ -172,9 +181,9 @@ def test_processes_of_other_files_and_epochs_are_refused_before_the_first_step(
 
     files, other_files = (data.fingerprint(data.open_split(folder, train=True))
                           for folder in (place / "images", others))
-    of_both = [(True, 0, files), (False, EPOCHS, other_files)]
-    message = f"the processes differ in (no last.pth, epochs done, training files): {of_both}"
-    assert message in errors[0] and not (tmp_path / "run").exists()
+    assert "the processes differ: [('epochs done, precision, hashes of train/" in errors[0]
+    assert f"0, 'fp32', '{files}'" in errors[0] and f"{EPOCHS}, 'fp32', '{other_files}'" in errors[0]
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------
