@@ -313,7 +313,7 @@ def read_rgb(path):
                     "for instance Image.fromarray((a / a.max() * 255).astype('uint8'))")
             return image.convert("RGB")
     except Exception as error:                               # Pillow raises whatever it meets
-        raise ValueError(f"cannot read image {path}: {error}") from error
+        raise ValueError(f"cannot read image {path}: {error}. Replace or remove it") from error
 
 
 def class_folders(root):
@@ -449,8 +449,9 @@ def open_split(source, *, train):
         return Folder(split)
     if train or not root.is_dir() or (root / "train").is_dir():
         raise FileNotFoundError(
-            f"no folder {str(split)!r}: --data takes a folder with train/ and val/, which hold "
-            f"class folders of images, or {', '.join(NAMED)}")
+            f"no folder {str(split)!r} (rename one that is called valid or test): --data takes a "
+            "folder with train/ and val/, which hold class folders of images, or "
+            f"{', '.join(NAMED)}")
     return Folder(root)
 
 

@@ -385,7 +385,7 @@ def train(recipe, checkpoint, world, folder):
     if checkpoint:
         require_same(checkpoint, {"classes": images.classes, **made_with}, "the run to resume has")
         if checkpoint["files"] != files:
-            print("train/ holds other images than when the run began: it goes on with them")
+            print("train/ has changed since the run began: it goes on with what is there")
         for name, each in stateful.items():
             each.load_state_dict(checkpoint[name])
     elif world.rank == 0:

@@ -440,5 +440,5 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys):
     assert run_main(data, "nowhere") == 1
     assert run_main(data) == 2
     of_data, of_usage = capsys.readouterr().err.splitlines()
-    assert of_data.startswith("data.py: no folder 'nowhere/train': --data takes a folder with")
+    assert of_data.startswith("data.py: no folder 'nowhere/train' (rename one")
     assert of_usage == "data.py: error: the following arguments are required: DIR"

@@ -114,7 +114,7 @@ def test_a_run_that_keeps_no_labels_goes_on_without_an_image_and_says_so(
     assert run_main(train, *flags) == 0
     (folder / "train" / "cat" / "0.jpg").unlink()
     assert run_main(train, *flags, "--resume") == 0
-    assert "train/ holds other images than when the run began" in capsys.readouterr().out
+    assert "train/ has changed since the run began" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_line(whole_run, tmp_path, capsys):
