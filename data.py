@@ -119,10 +119,10 @@ def random_resized_crop(image, image_size):
     the values differ by 1 (at most 2) from the Pillow of the paper's time.
     """
     box = transforms.RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3))
-    part = np.array(transforms.functional.crop(image, *box))            # (height, width, 3)
-    part = torch.from_numpy(part)[None].permute(0, 3, 1, 2)             # channels last: faster
-    part = F.interpolate(part, (image_size, image_size), mode="bicubic", antialias=True)
-    return Image.fromarray(part[0].permute(1, 2, 0).numpy())
+    crop = np.array(transforms.functional.crop(image, *box))            # (height, width, 3)
+    crop = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)             # channels last: faster
+    crop = F.interpolate(crop, (image_size, image_size), mode="bicubic", antialias=True)
+    return Image.fromarray(crop[0].permute(1, 2, 0).numpy())
 
 
 def train_transform(image_size, *, rand_augment=9.0):
@@ -313,12 +313,13 @@ def read_rgb(path):
                     "for instance Image.fromarray((a / a.max() * 255).astype('uint8'))")
             return image.convert("RGB")
     except Exception as error:                               # Pillow raises whatever it meets
-        raise ValueError(f"cannot read image {path}: {error}. Replace or remove it") from error
+        raise ValueError(f"cannot read image {path}: {error} (to train, replace or remove it)"
+                         ) from error
 
 
 def class_folders(root):
     """The names of the class folders, sorted. Raises ValueError if there is none."""
-    # not is_file(): a dead link is listed as well, and then an error
+    # not is_file() rather than is_dir(): a broken link is then an error and not skipped
     classes = sorted(entry.name for entry in os.scandir(root)
                      if not entry.is_file() and not entry.name.startswith(SKIPPED))
     if not classes:
@@ -342,18 +343,18 @@ class Folder(Dataset):
     def __init__(self, root):
         self.root = str(Path(root))
         self.classes = class_folders(root)
-        self.ignored = set()                                 # endings of other files
+        self.ignored = set()                                 # endings of other files than images
         paths, labels = [], []
         for label, name in enumerate(self.classes):
             files = list_files(self.root, name)
-            # as bytes, since a name may be no text
+            # as bytes, since a name may not be valid UTF-8
             found = [os.fsencode(file) for file in files
                      if file.lower().endswith(ENDINGS)]
             others = {Path(file).suffix.lower() for file in files} - set(ENDINGS)
             if not found:
                 raise ValueError(
-                    f"no images in the class folder {root}/{name}, only files ending in "
-                    f"{others}: fill or remove it. Images end in {ENDINGS}")
+                    f"no images in the class folder {root}/{name}: add some or remove it. Images "
+                    f"end in {ENDINGS}, its files in {others}")
 
             self.ignored |= others
             paths += sorted(found)
@@ -372,7 +373,7 @@ class Folder(Dataset):
 
 
 def list_files(top, name):
-    """The paths of the files in the class folder top/name, from top on."""
+    """The paths of the files in the class folder top/name, relative to top."""
     def fail(error):                                         # os.walk would skip the folder
         raise error
 
@@ -449,7 +450,7 @@ def open_split(source, *, train):
         return Folder(split)
     if train or not root.is_dir() or (root / "train").is_dir():
         raise FileNotFoundError(
-            f"no folder {str(split)!r} (rename one that is called valid or test): --data takes a "
+            f"no folder {str(split)!r} (rename one of another name): --data takes a "
             "folder with train/ and val/, which hold class folders of images, or "
             f"{', '.join(NAMED)}")
     return Folder(root)
@@ -531,16 +532,17 @@ def make_loader(dataset, sampler, batch_size, workers):
 
 
 def contact_sheet(images, image_size):
-    """(pixels (3, height, width) in [0, 1], the rows' classes): a row per picture with its
-    evaluation view and three training views with the paper's augmentation, mixed as well."""
+    """(pixels (3, height, width) in [0, 1], the rows' classes before mixing): a row per
+    picture with its evaluation view and three training views, which have the paper's
+    augmentation, mixup and CutMix included."""
     shown = np.random.default_rng(0).permutation(len(images))[:8]
     evaluation = [EvalImages(images, image_size)[index][0] for index in shown]
     request = [(0, index, view) for index in shown for view in range(3)]
     pixels, labels = TrainBatches(images, image_size)[request]
     views, _ = mix(erase(normalize(pixels)), labels, len(images.classes))
 
-    rows = normalize(torch.stack(evaluation))[:, None], views.unflatten(0, (-1, 3))
-    cells = torch.cat(rows, dim=1).flatten(0, 1)
+    columns = [normalize(torch.stack(evaluation))[:, None], views.unflatten(0, (-1, 3))]
+    cells = torch.cat(columns, dim=1).flatten(0, 1)
     sheet = make_grid(cells, nrow=4, normalize=True, value_range=(-2.1, 2.6))
     return sheet, [images.classes[label] for label in labels[::3]]
 
@@ -560,8 +562,8 @@ def check(images, name):
     counts = found - Counter(bad)
     print(f"{name}: {len(images)} images, {len(bad)} unreadable", *bad, sep="\n  ")
 
-    largest = max(counts.values()) / len(images)
-    print(f"  of each class: {dict(counts)}, the largest {largest:.1%}")
+    largest = max(counts.values(), default=0) / len(images)
+    print(f"  images per class: {dict(counts)}; the largest class has {largest:.1%}")
     print(f"  other file(s) ignored, with the endings {getattr(images, 'ignored', 'none')}")
     return len(bad)
 

@@ -262,7 +262,7 @@ def model_from_state_dict(state, *, image_size=None, num_classes=None, distilled
     even if their number of classes is right."""
     size, was_distilled, file_image_size, file_classes = infer_architecture(state)
     if not file_classes and not num_classes:
-        raise ValueError("it has no classification head: it can be --init, for a fresh one")
+        raise ValueError("it has no classification head: give num_classes, or use it as --init")
     if distilled is None:
         distilled = was_distilled
     model = DeiT(size, distilled=distilled, image_size=image_size or file_image_size,
@@ -368,7 +368,7 @@ RENAMES = [
 
 def official_names(state):
     """A state dict of any of the four layouts under the official names. What stands before
-    cls_token, as "model." in Lightning's files, is taken off all names."""
+    cls_token, like "model." in Lightning's files, is taken off all names."""
     prefix = ""
     for name in state:
         if name.endswith("cls_token"):
@@ -393,15 +393,17 @@ def official_names(state):
 
 def find_state_dict(checkpoint, ema=False):
     """The tensors of a checkpoint's model under the official names, wherever they are; with
-    `ema`, those of averaged weights. Raises ValueError if there are none, or several."""
-    found = {key: state for key, state in nested_tensors(checkpoint) if (key in AVERAGED) == ema}
+    `ema`, those of averaged weights. Raises ValueError if there are several models or, with
+    `ema`, none."""
+    found = [state for key, state in nested_tensors(checkpoint) if (key in AVERAGED) == ema]
     if ema and not found:
         raise ValueError("it holds no averaged weights")
-    models = {key: state for key, state in found.items()
-              if any(name.endswith(("cls_token", "fc.weight")) for name in state)}
+    models = [state for state in found
+              if any(name.endswith(("cls_token", "fc.weight")) for name in state)]
     if len(models) > 1:
-        raise ValueError(f"it holds several models, {list(models)}: save one of them")
-    return official_names(max((models or found).values(), key=len, default={}))
+        raise ValueError(f"it holds {len(models)} models: save the one you want to a file of "
+                         "its own")
+    return official_names(max(models or found, key=len, default={}))
 
 
 def nested_tensors(content, key=""):
@@ -420,8 +422,8 @@ def load_strictly(model, state):
     that are not finite, or not floating-point where the model's are."""
     model.load_state_dict(state, strict=True)
     for name, tensor in model.state_dict().items():
-        is_number = state[name].dtype == tensor.dtype or state[name].is_floating_point()
-        if not is_number or not tensor.isfinite().all():
+        has_right_type = state[name].dtype == tensor.dtype or state[name].is_floating_point()
+        if not has_right_type or not tensor.isfinite().all():
             raise ValueError(f"its {name} is not made of finite floating-point numbers")
 
 
@@ -450,8 +452,8 @@ def read_checkpoint(source):
         reason = re.sub(r".*error: |Please.*|Check the doc.*", "", reason)
         if "global" in reason or "TorchScript" in reason:
             reason += RESAVE.format(path)
-        if is_url:
-            path.unlink()                # so the next try downloads it again
+        elif is_url:
+            path.unlink()                # damaged: the next try downloads it again
         raise ValueError(f"cannot read tensors and plain values from {path}: {reason}") from error
 
 
@@ -465,8 +467,8 @@ def read_file(path):
     with open(path, "rb") as file:
         start = file.read(20)
     if start.startswith((b"version https://git", b"<", b"{")):
-        raise ValueError("it is a text: a Git LFS pointer (git lfs pull fetches the file), an HTML "
-                         "page or an index")
+        raise ValueError("it is a text file: a Git LFS pointer (git lfs pull fetches the weights), "
+                         "an HTML page or a JSON index")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file      # a package that only such files need
         return load_file(path)
@@ -501,7 +503,7 @@ def download(url):
 
 @contextlib.contextmanager
 def naming(source):
-    """Names the file in what its tensors make torch or this module raise, in one line."""
+    """Turns an error about a file's tensors into one line that names the file."""
     try:
         yield
     except (ValueError, RuntimeError) as error:

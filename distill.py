@@ -7,7 +7,7 @@ labels (equation 3) DeiT-Ti reaches 74.5 % top-1 instead of 72.2 %.
 
 For instance, if the distillation head gives (1/2, 1/2) to two classes and the teacher
 (1/5, 4/5), the hard term is -log 1/2 = 0.6931 and the soft one, at temperature 1,
-1/5 log (1/5)/(1/2) + 4/5 log (4/5)/(1/2) = 0.1927.
+1/5 log(2/5) + 4/5 log(8/5) = 0.1927.
 
 Logits are (B, K): B images, K classes. Every function returns scalars, means over images.
 """

@@ -35,7 +35,7 @@ from teacher import load_any
 # Scores
 
 # Of the images of all processes: their number, top-1 and top-5 in %, top-1 among all classes
-# of the model, if the data has a part of them, and the mean loss (officially a mean over
+# of the model (of which the data may have a part), and the mean loss (officially a mean over
 # batches). Of this process's own: decisions and labels (N,).
 Score = namedtuple("Score", "images top1 top5 top1_of_all loss decisions labels")
 
@@ -70,9 +70,9 @@ def evaluate(model, loader, device, *, class_indices=slice(None)):
         rows = torch.cat(batches, dim=1)                                # (6, own images)
         decisions, labels, *counted = rows.unbind()
         sums = torch.stack([torch.ones_like(labels), *counted]).sum(dim=1)
-        images, *hits, loss = all_reduce(sums).tolist()
-        percents = [100 * number / images for number in hits]
-        scores[head] = Score(images, *percents, loss / images, decisions, labels)
+        number, *hits, loss = all_reduce(sums).tolist()
+        percents = [100 * hit / number for hit in hits]
+        scores[head] = Score(number, *percents, loss / number, decisions, labels)
     return scores
 
 
@@ -80,10 +80,10 @@ def judge(logits, labels, class_indices):
     """Rows (6, B) of logits (B, K), in float64: decision; label; whether the decision is
     right, whether one of the first five is, whether the decision among all K is; loss."""
     answers = torch.arange(logits.shape[1], device=logits.device)[class_indices][labels]
-    part = logits[:, class_indices]
-    best = part.topk(min(5, part.shape[1]), dim=1).indices              # (B, 5), best first
+    allowed = logits[:, class_indices]
+    best = allowed.topk(min(5, allowed.shape[1]), dim=1).indices        # (B, 5), best first
     hits = best == labels[:, None]                                      # (B, 5)
-    losses = F.cross_entropy(part.float(), labels, reduction="none")    # (B,)
+    losses = F.cross_entropy(allowed.float(), labels, reduction="none")     # (B,)
 
     rows = (best[:, 0], labels, hits[:, 0], hits.any(dim=1), logits.argmax(dim=1) == answers,
             losses)
@@ -117,8 +117,8 @@ def chance_level(score, num_classes):
 
 
 def find_class_indices(folders, loaded, reference=None):
-    """(the model's class for each class folder, how it is known): by name if the checkpoint
-    has names, or else `reference`, whose folders are all classes. Without, ImageNet's 1,000
+    """(the model's class for each class folder, how it was found). By name, if the checkpoint
+    or else the folders of `reference` name all its classes. Otherwise ImageNet's 1,000
     folders are taken by WordNet id or by number (ImageNet-V2), and those of any other model
     in the order that torchvision gives them. Raises ValueError."""
     known = loaded.classes
@@ -133,8 +133,8 @@ def find_class_indices(folders, loaded, reference=None):
     is_ordered = is_wordnet or loaded.num_classes != 1000
     if is_ordered and not known and len(folders) == loaded.num_classes:
         return list(range(len(folders))), "in the folders' order"
-    raise ValueError(f"the model's {loaded.num_classes} classes are others than the data's "
-                     f"({folders[:3]}, ...), or it does not know their names: for a part of "
+    raise ValueError(f"the model's {loaded.num_classes} classes are not those of the data "
+                     f"({folders[:3]}, ...), or the checkpoint does not name them: for a part of "
                      "ImageNet add --reference DIR, a whole val/")
 
 
@@ -259,8 +259,8 @@ def compare_processes(world, facts):
     if world.size > 1:
         dist.all_gather_object(of_all, facts)
     if len(set(of_all)) > 1:
-        raise ValueError(f"the processes differ: {of_all}. All need the same files in --data, and "
-                         "--output on a shared disk")
+        raise ValueError(f"the processes differ: {of_all}. All need the same files in --data and "
+                         "the same kind of GPU, and in training --output on a shared disk")
 
 
 @contextlib.contextmanager
@@ -278,7 +278,8 @@ def local_rank_zero_first(world):
 def one_line_errors(program):
     """A user's mistake (OSError, ValueError, FloatingPointError) becomes one line, from the
     first process of each machine and in torchrun's summary, and exit status 1. Any other
-    exception is a bug and keeps its traceback."""
+    exception is a bug and keeps its traceback. (A bug that raises one of the three looks
+    like a mistake.)"""
     try:
         yield
     except (OSError, ValueError, FloatingPointError) as error:
@@ -293,7 +294,7 @@ def one_line_errors(program):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(f"{message} (--help lists the flags; torchrun starts several processes)")
+        raise ValueError(f"{message} (--help lists the flags; for several processes use torchrun)")
 
 
 def parse_flags():

@@ -54,7 +54,8 @@ def load_teacher(source="official", *, classes=None, image_size=224):
     image size. Raises OSError or ValueError if it cannot be read or does not know `classes`,
     the names in order (default: ImageNet's)."""
     num_classes = len(classes or range(1000))
-    # a name means ImageNet's 1000 classes: others are refused before a download
+    # "official" and RegNets' names mean ImageNet's 1000 classes: for other data they are
+    # refused before the download
     if weights_url(source) == source or num_classes == 1000:
         loaded = load_any(source, image_size=image_size)
         names_agree = classes is None or loaded.classes in (None, classes)
@@ -116,8 +117,8 @@ def read_labels(run, epoch, shape, num_classes):
 
 
 def identity(source):
-    """What tells a teacher: a name or URL as it is; for a file a hash of its tensors; for the
-    folder of a run the identity of the teacher that it asked."""
+    """What identifies a teacher: a name or URL itself; for a file a hash of its tensors; for
+    the folder of a run the identity of its teacher."""
     if Path(source).is_dir():
         return read_made_with(source).get("teacher")
     if not Path(source).is_file():

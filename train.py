@@ -91,7 +91,7 @@ class Recipe:
                         "folder: the labels it kept")
     any_teacher: switch = flag(False, "even one no better than chance", alone=True)
     alpha: from_0_to_1 = flag(0.5, "weight of the distillation term; of soft 0.1")
-    temperature: zero_or_more = flag(3.0, "softens the logits in soft distillation")
+    temperature: zero_or_more = flag(3.0, "softens the logits in soft distillation; above 0")
 
     # optimization
     epochs: positive_int = flag(300, "an epoch is as many views as there are images")
@@ -108,7 +108,7 @@ class Recipe:
     ema: from_0_to_1 = flag(0.0, "decay of averaged weights (0.99996); 0: none")
 
     # regularization and augmentation
-    drop_path: from_0_to_1 = flag(0.1, "stochastic depth, rate of the last block")
+    drop_path: from_0_to_1 = flag(0.1, "stochastic depth, rate of the last block; below 1")
     label_smoothing: from_0_to_1 = flag(0.1, "share spread over all classes")
     repeats: positive_int = flag(3, "views of an image; 1: no repeated augmentation")
     rand_augment: zero_or_more = flag(9.0, "magnitude of RandAugment, up to 10; 0: off")
@@ -157,8 +157,8 @@ def parameter_groups(model, weight_decay):
 def train_epoch(epoch, recipe, world, loader, models, ddp_model, teacher_model,
                 teacher_labels, optimizer, scaler, progress):
     """All steps of an epoch. `ddp_model` is models["model"], compiled and wrapped in DDP if
-    the run asks for it. In hard distillation `teacher_labels` (parts, views of a part) are
-    filled by the teacher, or were, if there is none to ask."""
+    the run asks for it. In hard distillation the teacher fills `teacher_labels` (parts, views
+    of a part) here; if `teacher_model` is None, an earlier run filled them."""
     steps = len(loader) // recipe.accum_steps
     num_classes = len(loader.dataset.images.classes)
     batches = iter(loader)
@@ -191,7 +191,8 @@ def train_epoch(epoch, recipe, world, loader, models, ddp_model, teacher_model,
                 is_last = micro_step == recipe.accum_steps - 1
                 ddp_model.require_backward_grad_sync = is_last
 
-            # the teacher's word on these very images: asked, or kept by an earlier run
+            # the teacher's output for exactly these images: computed now, or kept by an
+            # earlier run
             teacher_output = None
             if teacher_model is not None:
                 teacher_output = ask_teacher(teacher_model, images)
@@ -291,7 +292,8 @@ class Progress:
         self.sums += torch.stack(losses).detach()
 
     def end_step(self, epoch, step, lr):
-        """Looks if it is time to. Raises FloatingPointError for a loss that is not finite."""
+        """Every few seconds, reads and shows the sums. Raises FloatingPointError for a loss
+        that is not finite."""
         self.bar.update()
         if time.monotonic() - self.looked < LOOK_SECONDS and step + 1 < self.steps:
             return
@@ -307,7 +309,7 @@ class Progress:
         self.show({"running_loss": loss, "lr": lr}, epoch * self.steps + step + 1)
 
     def end_epoch(self, world):
-        """{name: mean of the epoch over all processes}; the sums start anew."""
+        """{name: mean of the epoch over all processes}; resets the sums."""
         parts = self.steps * self.accum_steps * world.size
         means = evaluate.all_reduce(self.sums) / parts
         self.sums.zero_()
@@ -366,7 +368,8 @@ def train(recipe, checkpoint, world, folder):
     teacher_model, teacher_score = None, None
     reads_labels = recipe.distill == "hard" and Path(recipe.teacher).is_dir()
     if recipe.distill and not reads_labels:
-        teacher_model, teacher_score = load_teacher(recipe, images.classes, val_loader, world)
+        teacher_model, teacher_score = load_and_score_teacher(
+            recipe, images.classes, val_loader, world)
     made_with = what_decides(recipe, loader, files, world.device)
     if reads_labels:
         check_kept_labels(recipe.teacher, made_with, recipe.epochs)
@@ -379,7 +382,7 @@ def train(recipe, checkpoint, world, folder):
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
 
-    # what the run has so far
+    # what a checkpoint holds, and a resumed run loads
     facts = {"recipe": asdict(recipe), "classes": images.classes, "files": files, **made_with}
     stateful = models | {"optimizer": optimizer, "scaler": scaler}
     if checkpoint:
@@ -432,7 +435,7 @@ def train(recipe, checkpoint, world, folder):
     return log
 
 
-def load_teacher(recipe, classes, val_loader, world):
+def load_and_score_teacher(recipe, classes, val_loader, world):
     """(the frozen teacher, its validation Score). Raises OSError, or ValueError if it could
     be guessing."""
     with evaluate.local_rank_zero_first(world):
@@ -456,8 +459,8 @@ def load_teacher(recipe, classes, val_loader, world):
 
 def what_decides(recipe, loader, files, device):
     """{name: value} of what must be the same when a run goes on: the size of a part; with
-    hard distillation all that decides the views, their mixes and so the teacher's labels.
-    Raises OSError or ValueError."""
+    hard distillation what decides the views, their mixes and so the teacher's labels (up to
+    the rounding of --compile). Raises OSError or ValueError."""
     images = loader.dataset.images
     sampler = copy.copy(loader.sampler)
     same = {"part_size": sampler.batch_size}
@@ -486,27 +489,29 @@ def what_decides(recipe, loader, files, device):
         "torch": torch.version.__version__,
         "torchvision": torchvision.__version__,
         "Pillow": PIL.__version__,
-        "first_part": hashlib.sha256(pixels.numpy()).hexdigest()[:16],
+        "pixels_of_first_part": hashlib.sha256(pixels.numpy()).hexdigest()[:16],
     }
 
 
 def check_kept_labels(run, made_with, epochs):
-    """Raises OSError or ValueError unless the folder of a run keeps the labels of so many
-    epochs, made with the same."""
+    """Raises OSError or ValueError unless the folder of a run has labels for this many epochs,
+    all made with these values."""
     theirs = teacher.read_made_with(run)
     require_same(theirs, made_with, f"the labels of {run} were made with")
-    kept = int(theirs["epochs"])
+    kept = sum(teacher.label_file(run, epoch).is_file() for epoch in range(epochs))
     if kept < epochs:
-        raise ValueError(f"{run} keeps the labels of {kept} epochs only: type --epochs {kept}, "
-                         "or resume it first")
+        raise ValueError(f"{run} keeps the labels of {kept} of {epochs} epochs: type --epochs "
+                         f"{kept}, or resume it first")
 
 
 def require_same(theirs, mine, what):
     """Raises ValueError naming the first value that differs."""
     for name, value in mine.items():
         if theirs.get(name) != value:
-            raise ValueError(f"{what} {name} {theirs.get(name)}, and this run has {value}. Type "
-                             "the same flags and --data, and as many processes x --accum-steps")
+            raise ValueError(
+                f"{what} {name} {theirs.get(name)}, and this run has {value}. The flags, the "
+                "files in --data, the teacher, the versions, the kind of device and processes x "
+                "--accum-steps have to agree")
 
 
 def validate(models, val_loader, teacher_score, world):
@@ -598,7 +603,8 @@ def write_whole(path, content):
 
 def keep_labels(folder, epoch, teacher_labels, made_with, world):
     """Writes the teacher's labels of an epoch, two bytes a view."""
-    evaluate.all_reduce(teacher_labels)                      # each process has its own parts
+    # each process has filled the rows of its own parts; the others are 0
+    evaluate.all_reduce(teacher_labels)
     if world.rank == 0:
         buffer = io.BytesIO()
         np.save(buffer, teacher_labels.cpu().numpy().astype(np.uint16))
@@ -609,7 +615,8 @@ def keep_labels(folder, epoch, teacher_labels, made_with, world):
         write_whole(path.with_name("made-with.json"), content.encode())
 
 
-# what may differ in a resumed run
+# Flags that may differ in a resumed run. In hard distillation the teacher's weights are still
+# compared, in soft distillation they are not.
 FREE = ("data", "teacher", "any_teacher", "workers", "accum_steps", "compile")
 
 
@@ -731,8 +738,8 @@ def main():
             best = max(record["top1"] for record in log)
             print(f"best top-1: {best:.2f} %, of {folder}/best.pth")
             if (folder / "labels").is_dir():
-                print("With the same data and batches the next student needs no teacher: "
-                      f"train.py --model small --distill --teacher {folder}")
+                print("The next student can read this run's labels: repeat your flags with "
+                      f"another --model, --output and --teacher {folder}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

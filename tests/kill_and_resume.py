@@ -1,4 +1,4 @@
-"""Kills a run at random moments with SIGKILL, resumes it, and compares it with a run left alone.
+"""Kills a distilled run at random moments, resumes it, and compares it with one left alone.
 
     python tests/kill_and_resume.py [--kills 20] [--processes 1] [--seed 0]
 
@@ -72,7 +72,8 @@ def kill(process):
 
 def contents(folder):
     return {"last.pth": load(folder / "last.pth"), "best.pth": load(folder / "best.pth"),
-            "log.jsonl": (folder / "log.jsonl").read_bytes()}
+            "log.jsonl": (folder / "log.jsonl").read_bytes(),
+            "labels": {path.name: path.read_bytes() for path in folder.glob("labels/*")}}
 
 
 def kill_and_resume(place, alone, cut, epochs, *, processes=1, kills=1, seed=0):

@@ -155,8 +155,8 @@ def test_a_model_is_found_wherever_it_is_and_whatever_stands_before_its_names(pr
 
 def test_of_several_models_none_is_chosen(tmp_path):
     state = small_model().state_dict()
-    with pytest.raises(ValueError, match=r"weights.pth: it holds several models, \['a', 'b'\]"):
-        deit.load_model(save(tmp_path, {"a": state, "b": state}))
+    with pytest.raises(ValueError, match="weights.pth: it holds 2 models: save the one"):
+        deit.load_model(save(tmp_path, {"a": {"model": state}, "b": {"model": state}}))
 
 
 def test_a_backbone_without_a_head_gets_a_fresh_one_if_the_classes_are_known(tmp_path):

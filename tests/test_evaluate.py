@@ -165,7 +165,7 @@ def test_folders_are_classes_by_name_then_by_imagenets_numbers_then_in_order(
     (sorted(map(str, range(1, 1001))), knowing(None, 1000)),
     (["1", "2", "102"], knowing(None, 1000))])
 def test_classes_that_do_not_fit_are_refused(folders, loaded):
-    with pytest.raises(ValueError, match=f"the model's {loaded.num_classes} classes are others"):
+    with pytest.raises(ValueError, match=f"the model's {loaded.num_classes} classes are not those of the data"):
         find_class_indices(folders, loaded)
 
 
@@ -214,7 +214,7 @@ def test_imagenets_classes_get_torchvisions_names():
 
 @pytest.mark.parametrize("args, message", [
     (["--weights", "absent.pth"], "no weights file 'absent.pth'"),
-    (["--data", "demo"], "the model's 7 classes are others than the data's"),
+    (["--data", "demo"], "the model's 7 classes are not those of the data"),
     (["--crop-ratio", "0"], "--crop-ratio is from 0.1 to 1"),
     (["--batch-size", "many"], "invalid int value: 'many'"),
     (["--ema"], "it holds no averaged weights"),

@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(whole_run, tmp_path, capsys
 
 
 # ---------------------------------------------------------------------------------------
-# Two runs in a folder, processes of two minds
+# Two runs in one folder; processes that disagree
 
 
 def test_a_second_run_does_not_start_in_a_folder(shared_folder, whole_run, capsys):

@@ -94,7 +94,7 @@ def test_decay_groups_are_the_official_ones():
 
 def typed_recipe(monkeypatch, *flags):
     monkeypatch.setattr("sys.argv", ["train.py", *flags])
-    output, resume, typed = train.parse_flags()
+    _, _, typed = train.parse_flags()
     return train.make_recipe(typed)
 
 
@@ -233,8 +233,8 @@ def test_clip_grad_bounds_the_norm_of_the_whole_gradient(precision, shared_folde
     end = load(tmp_path / "last.pth")["model"]
     torch.manual_seed(0)
     start = deit.create_model("tiny", image_size=32, num_classes=3).state_dict()
-    way = torch.cat([(end[name] - start[name]).flatten() for name in start])
-    assert way.norm().item() == pytest.approx(1.9 * 100 * 1e-3, rel=0.01)    # 1.9: Nesterov's
+    displacement = torch.cat([(end[name] - start[name]).flatten() for name in start])
+    assert displacement.norm().item() == pytest.approx(1.9 * 100 * 1e-3, rel=0.01)    # 1.9: Nesterov's
 
 
 def test_averaged_statistics_follow_by_the_decay():
@@ -333,7 +333,7 @@ def in_one_process(taught, shared_folder):
 
 
 def assert_equal_up_to_rounding(run, other):
-    """The losses and the ways that the weights went, with mixing, erasing and dropped paths."""
+    """The losses and how far each weight moved, with mixing, erasing and dropped paths."""
     run, other = load(run / "last.pth"), load(other / "last.pth")
     for record, expected in zip(run["log"], other["log"], strict=True):
         assert losses(record) == pytest.approx(losses(expected), rel=1e-5)
