@@ -277,7 +277,7 @@ def mix(images, labels, num_classes, *, repeats=3, mixup=0.8, cutmix=1.0):
     if not kinds:
         return images, targets
 
-    for view in range(repeats):
+    for view in range(min(repeats, len(images))):
         group = torch.arange(view, len(images), repeats, device=images.device)
         group = group[torch.randperm(len(group), device=images.device)]
         if len(group) > 1:
@@ -408,7 +408,7 @@ def patterns(u, v):
 
 class Demo(Dataset):
     """Ten patterns drawn by formula, 4,000 training and 1,000 validation images of 64 x 64
-    pixels: a bright color on a dark one, shifted and scaled, with pixel noise."""
+    pixels: a bright color on a dark one, shifted and scaled."""
 
     classes = list(patterns(0, 0))
     train_size = 4000
@@ -429,8 +429,8 @@ class Demo(Dataset):
         ink = patterns(*distances)[self.classes[label]][:, :, None]
 
         dark, bright = rng.uniform(0, 90, 3), rng.uniform(165, 255, 3)
-        pixels = dark + (bright - dark) * ink + rng.normal(0, 8, (64, 64, 3))
-        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), label
+        pixels = dark + (bright - dark) * ink
+        return Image.fromarray(pixels.astype(np.uint8)), label
 
 
 NAMED = {
@@ -532,9 +532,8 @@ def make_loader(dataset, sampler, batch_size, workers):
 
 
 def contact_sheet(images, image_size):
-    """(pixels (3, height, width) in [0, 1], the rows' classes before mixing): a row per
-    picture with its evaluation view and three training views, which have the paper's
-    augmentation, mixup and CutMix included."""
+    """Pixels (3, height, width) in [0, 1]: a row per picture with its evaluation view and three
+    training views, which have the paper's augmentation, mixup and CutMix included."""
     shown = np.random.default_rng(0).permutation(len(images))[:8]
     evaluation = [EvalImages(images, image_size)[index][0] for index in shown]
     request = [(0, index, view) for index in shown for view in range(3)]
@@ -543,8 +542,7 @@ def contact_sheet(images, image_size):
 
     columns = [normalize(torch.stack(evaluation))[:, None], views.unflatten(0, (-1, 3))]
     cells = torch.cat(columns, dim=1).flatten(0, 1)
-    sheet = make_grid(cells, nrow=4, normalize=True, value_range=(-2.1, 2.6))
-    return sheet, [images.classes[label] for label in labels[::3]]
+    return make_grid(cells, nrow=4, normalize=True, value_range=(-2.1, 2.6))
 
 
 def check(images, name):
@@ -581,9 +579,8 @@ def main():
         train_images, val_images = open_dataset(args.data)
         if args.check:
             sys.exit(check(train_images, "train") + check(val_images, "val") > 0)
-        sheet, names = contact_sheet(train_images, args.image_size)
-        save_image(sheet, "contact_sheet.png")
-        print("contact_sheet.png: evaluation and three training views; rows:", *names)
+        save_image(contact_sheet(train_images, args.image_size), "contact_sheet.png")
+        print("contact_sheet.png: a row per picture, its evaluation view and three to train on")
     except (OSError, ValueError) as error:
         sys.exit(f"data.py: {error}")
 

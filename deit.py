@@ -440,9 +440,10 @@ def read_checkpoint(source):
     is_url = str(source).startswith("https://")
     path = download(source) if is_url else Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file {str(source)!r}: give a file, an https URL (of "
-                                "Hugging Face: https://huggingface.co/NAME/resolve/main/"
-                                f"model.safetensors) or one of {', '.join(PUBLISHED)}")
+        raise FileNotFoundError(
+            f"no weights file {str(source)!r}: give a file (of a run its best.pth), an https URL "
+            "(of Hugging Face https://huggingface.co/NAME/resolve/main/model.safetensors) or one "
+            f"of {', '.join(PUBLISHED)}")
     try:
         return dict(read_file(path))
     except Exception as error:           # whatever a damaged file makes torch or zipfile raise

@@ -195,7 +195,7 @@ def class_names(loaded):
 @torch.no_grad()
 def name_pictures(args, device):
     """Prints the five likeliest classes of each picture, one picture at a time, or why it
-    cannot be read. A folder stands for all that is in it."""
+    cannot be read: then it ends with ValueError. A folder stands for all that is in it."""
     loaded = load_any(args.weights, image_size=args.image_size, ema=args.ema)
     model, names = loaded.model.to(device), class_names(loaded)
     transform = data.eval_transform(loaded.image_size, crop_ratio=args.crop_ratio)
@@ -203,17 +203,22 @@ def name_pictures(args, device):
     for path in map(Path, args.image):
         paths += sorted(path.glob("*")) or [path]
 
+    failed = False
     for path in paths:
         try:
             picture = data.read_rgb(path)
         except ValueError as error:
             print(error)
+            failed = True
             continue
+
         image = data.normalize(transform(picture)[None].to(device))
         probabilities = predict(model, image)["mean"][0].softmax(dim=0)     # (K,)
         print(path)
         for value, label in zip(*probabilities.topk(min(5, len(names)))):
             print(f"  {value:7.2%}  {names[label]}")
+    if failed:
+        raise ValueError("not all pictures could be read")
 
 
 # --------------------------------------------------------------------------------------

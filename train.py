@@ -373,6 +373,8 @@ def train(recipe, checkpoint, world, folder):
     made_with = what_decides(recipe, loader, files, world.device)
     if reads_labels:
         check_kept_labels(recipe.teacher, made_with, recipe.epochs)
+    elif recipe.distill == "hard" and log:
+        check_kept_labels(folder, made_with, len(log))       # its own so far
 
     # optimizer
     groups = parameter_groups(model, recipe.weight_decay)
@@ -386,7 +388,9 @@ def train(recipe, checkpoint, world, folder):
     facts = {"recipe": asdict(recipe), "classes": images.classes, "files": files, **made_with}
     stateful = models | {"optimizer": optimizer, "scaler": scaler}
     if checkpoint:
-        require_same(checkpoint, {"classes": images.classes, **made_with}, "the run to resume has")
+        if log:
+            require_same(checkpoint, {"classes": images.classes, **made_with},
+                         "the run to resume has")
         if checkpoint["files"] != files:
             print("train/ has changed since the run began: it goes on with what is there")
         for name, each in stateful.items():
@@ -489,7 +493,7 @@ def what_decides(recipe, loader, files, device):
         "torch": torch.version.__version__,
         "torchvision": torchvision.__version__,
         "Pillow": PIL.__version__,
-        "pixels_of_first_part": hashlib.sha256(pixels.numpy()).hexdigest()[:16],
+        "pixels_of_first_part": hashlib.sha256(pixels.numpy()).hexdigest(),
     }
 
 
@@ -737,7 +741,7 @@ def main():
         if world.rank == 0:
             best = max(record["top1"] for record in log)
             print(f"best top-1: {best:.2f} %, of {folder}/best.pth")
-            if (folder / "labels").is_dir():
+            if teacher.label_file(folder, recipe.epochs - 1).is_file():
                 print("The next student can read this run's labels: repeat your flags with "
                       f"another --model, --output and --teacher {folder}")
     if dist.is_initialized():

@@ -265,11 +265,14 @@ def test_a_later_process_is_silent_and_torchruns_summary_has_its_line(tmp_path, 
 
 
 def test_a_folder_of_pictures_is_named_without_those_that_cannot_be_read(
-        from_timm, tmp_path, printed_by):
+        from_timm, tmp_path, printed_by, capsys):
     for n, name in ((0, "a.png"), (9, "c.png")):
         shutil.copy(from_timm.paths[n], tmp_path / name)
     (tmp_path / "b.png").write_bytes(from_timm.paths[1].read_bytes()[:200])
-    lines = printed_by("--weights", from_timm.weights, "--image", tmp_path)
+    assert run_main(evaluate, "--weights", from_timm.weights, "--image", tmp_path) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "evaluate.py: not all pictures could be read\n"
+    lines = printed.out.splitlines()
     one, other = (printed_by("--weights", from_timm.weights, "--image", tmp_path / name)
                   for name in ("a.png", "c.png"))
     assert lines[:6] == one and lines[7:] == other

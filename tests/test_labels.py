@@ -151,9 +151,10 @@ def test_other_flags_or_other_pixels_under_the_same_names_are_refused(
     assert not run.exists()
 
 
-@pytest.mark.parametrize("source", ["network", "labels"])
+@pytest.mark.parametrize("source, message", [
+    ("network", "run were made with teacher"), ("labels", "the run to resume has teacher")])
 def test_a_run_is_not_resumed_with_another_teacher(
-        source, kept, network, shared_folder, tmp_path, capsys):
+        source, message, kept, network, shared_folder, tmp_path, capsys):
     teachers = {"network": tmp_path / "teacher.pth", "labels": kept}
     shutil.copy(network, teachers["network"])
     resumed = flags(shared_folder, tmp_path / "run", teachers[source], "--any-teacher", "--resume")
@@ -164,7 +165,27 @@ def test_a_run_is_not_resumed_with_another_teacher(
     torch.save({"model": state}, teachers["network"])
     change_made_with(kept, teacher=teacher.identity(teachers["network"]))
     assert run_main(train, *resumed) == 1
-    assert "the run to resume has teacher" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_over_labels_of_another(
+        kept, network, shared_folder, tmp_path, capsys):
+    started = flags(shared_folder, tmp_path / "run", network, "--any-teacher")
+    assert run_main(train, *started) == 0
+    change_made_with(kept, teacher="another")
+    shutil.rmtree(tmp_path / "run" / "labels")
+    (kept / "labels").rename(tmp_path / "run" / "labels")
+    assert run_main(train, *started, "--resume") == 1
+    assert "run were made with teacher another, and this run has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "5", "null"])
+def test_a_damaged_description_of_labels_is_named(content, kept, capsys):
+    path = kept / "labels" / "made-with.json"
+    path.write_text(content)
+    assert run_main(teacher, kept) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"teacher.py: cannot read {path}: ") and printed.count("\n") == 1
 
 
 def test_a_run_that_keeps_no_labels_offers_its_weights(shared_folder, tmp_path, capsys):

@@ -105,7 +105,7 @@ def test_a_flag_or_preset_that_contradicts_the_run_is_named(flags, whole_run, ca
 def test_a_run_goes_on_with_its_own_images_and_labels_only(folder, whole_run, capsys):
     (folder / "train" / "cat" / "0.jpg").rename(folder / "train" / "dog" / "new.jpg")
     assert run_main(train, "--resume", "--output", whole_run, "--data", folder) == 1
-    assert "the run to resume has files " in capsys.readouterr().err
+    assert "were made with files " in capsys.readouterr().err
 
 
 def test_a_run_that_keeps_no_labels_goes_on_without_an_image_and_says_so(

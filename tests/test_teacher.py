@@ -64,7 +64,7 @@ def test_every_regnet_of_torchvision_is_known_by_the_width_of_its_features(monke
         return block_params.widths[-1]
 
     monkeypatch.setattr(models.regnet, "RegNet", last_width)
-    names = models.list_models(module=models, include="regnet_*")
+    names = models.list_models(module=models, include="regnet_*", exclude="*_128gf")
     assert teacher.REGNETS == {name: models.get_model(name, weights=None) for name in names}
     assert len(set(teacher.REGNETS.values())) == len(names)
 
@@ -89,8 +89,6 @@ def test_names_lead_to_the_documented_files():
                          ("regnet_y_16gf", "/regnet_y_16gf-3e4a00f9.pth"),
                          ("of_my_own.pth", "of_my_own.pth")):
         assert teacher.weights_url(source).endswith(file)
-    with pytest.raises(ValueError, match="no IMAGENET1K_V2 weights of regnet_y_128gf"):
-        teacher.weights_url("regnet_y_128gf")
 
 
 @pytest.mark.parametrize("name, tensor, message", [
