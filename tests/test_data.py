@@ -437,7 +437,8 @@ def test_check_names_every_unreadable_image_and_fails(folder, capsys):
     assert (train, val) == ("train: 49 images, 1 unreadable", "val: 15 images, 1 unreadable")
     assert first.startswith(rf"  cannot read image {folder}/train/cat/\udce9.jpg: ")
     assert second.startswith(f"  cannot read image {truncated}: ")
-    assert counts == "  images per class: {'cat': 5, 'dog': 5, 'owl': 4}; the largest class has 33.3%"
+    assert counts == ("  images per class: {'cat': 5, 'dog': 5, 'owl': 4}; "
+                      "the largest class has 33.3%")
     assert none.endswith("endings set()") and endings.endswith("endings {'.heic'}")
 
 

@@ -149,7 +149,8 @@ def test_averaged_weights_are_found_only_when_asked_for(key):
 def test_a_model_is_found_wherever_it_is_and_whatever_stands_before_its_names(prefix, tmp_path):
     state = randomize(small_model()).state_dict()
     named = {prefix + name: tensor for name, tensor in state.items()}
-    content = {"epoch": 3, "network": {"weights": named}, "optimizer": {"state": {0: {"step": 1}}}}
+    optimizer = {"state": {0: {"step": 1}}}
+    content = {"epoch": 3, "network": {"weights": named}, "optimizer": optimizer}
     assert difference(deit.load_model(save(tmp_path, content)).state_dict(), state) is None
 
 
@@ -313,7 +314,8 @@ def test_the_command_prints_the_eight_published_models(capsys):
     sizes = []
     for row in deit.PUBLISHED.values():
         with torch.device("meta"):
-            model = deit.create_model(row.size, distilled=row.distilled, image_size=row.image_size)
+            model = deit.create_model(row.size, distilled=row.distilled,
+                                      image_size=row.image_size)
         sizes.append(sum(parameter.numel() for parameter in model.parameters()))
     assert sizes == [5_717_416, 5_910_800, 22_050_664, 22_436_432, 86_567_656, 87_338_192,
                      86_859_496, 87_630_032]

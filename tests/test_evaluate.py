@@ -165,7 +165,8 @@ def test_folders_are_classes_by_name_then_by_imagenets_numbers_then_in_order(
     (sorted(map(str, range(1, 1001))), knowing(None, 1000)),
     (["1", "2", "102"], knowing(None, 1000))])
 def test_classes_that_do_not_fit_are_refused(folders, loaded):
-    with pytest.raises(ValueError, match=f"the model's {loaded.num_classes} classes are not those of the data"):
+    message = f"the model's {loaded.num_classes} classes are not those of the data"
+    with pytest.raises(ValueError, match=message):
         find_class_indices(folders, loaded)
 
 

@@ -1,7 +1,7 @@
 """What should never drift: size and density of the scripts, who imports whom, what README names.
 
-When a figure is met: do without something, do not pack. First to go: the contact sheet and check()
-in data.py, deit.py's table of published models.
+When a figure is met: do without something, do not pack. First to go: the contact sheet and
+check() in data.py, deit.py's table of published models.
 """
 import ast
 import importlib
@@ -131,7 +131,8 @@ def test_importing_a_script_only_defines_things():
 
 
 def test_every_file_is_read_without_unpickling():
-    unsafe = r"\bpickle\b|load_state_dict_from_url|hub\.load|torch\.load\((?!.*weights_only=True|'{}')"
+    unsafe = (r"\bpickle\b|load_state_dict_from_url|hub\.load|"
+              r"torch\.load\((?!.*weights_only=True|'{}')")
     for source in SOURCE.values():                           # '{}' is in advice that is printed
         assert not re.search(unsafe, source)
 

