@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from conftest import ROOT, difference, load, small_run, write_folder     # finds the scripts
 import teacher
-from conftest import ROOT, difference, load, small_run, write_folder
 
 
 def write_inputs(place):
