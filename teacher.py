@@ -128,7 +128,7 @@ def identity(source):
     digest = hashlib.sha256()
     for tensor in deit.find_state_dict(deit.read_checkpoint(source)).values():
         digest.update(tensor.float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------

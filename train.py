@@ -391,8 +391,6 @@ def train(recipe, checkpoint, world, folder):
         if log:
             require_same(checkpoint, {"classes": images.classes, **made_with},
                          "the run to resume has")
-        if checkpoint["files"] != files:
-            print("train/ has changed since the run began: it goes on with what is there")
         for name, each in stateful.items():
             each.load_state_dict(checkpoint[name])
     elif world.rank == 0:
@@ -407,6 +405,10 @@ def train(recipe, checkpoint, world, folder):
             print(f"the teacher's top-1 in validation: {teacher_score.top1:.2f} %")
         if reads_labels:
             print(f"labels kept by {recipe.teacher}, {recipe.epochs} epochs")
+
+        # an unreadable image may have been removed
+        if checkpoint and checkpoint["files"] != files:
+            print("train/ has changed since the run began: it goes on with what is there")
     progress = Progress(folder, recipe, world, sampler.steps, len(log))
     if not checkpoint:
         # what cannot be read or written is met before an epoch is spent on it

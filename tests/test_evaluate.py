@@ -162,6 +162,7 @@ def test_folders_are_classes_by_name_then_by_imagenets_numbers_then_in_order(
     (["cat", "dog", "pig"], knowing(["cat", "dog", "owl"])),
     (["0", "1", "2"], knowing(["cat", "dog", "owl"])),
     (["cat", "dog"], knowing(["cat", "dog", "owl"], 1000)),  # of a reference that is no whole one
+    (NUMBERS, knowing(None, 10)),
     (sorted(map(str, range(1, 1001))), knowing(None, 1000)),
     (["1", "2", "102"], knowing(None, 1000))])
 def test_classes_that_do_not_fit_are_refused(folders, loaded):
