@@ -175,7 +175,7 @@ class DeiT(nn.Module):
 
     def embed(self, images):                                         # (B, 3, S, S)
         patches = self.patch_embed(images)                           # (B, patches, D)
-        tokens = [token.expand(len(images), -1, -1) for token in self.prefix_tokens]
+        tokens = [token.expand(images.shape[0], -1, -1) for token in self.prefix_tokens]
         x = torch.cat([*tokens, patches], dim=1)                     # (B, N, D)
         return x + self.pos_embed
 

@@ -86,6 +86,14 @@ def test_an_image_size_off_the_grid_is_refused(size, message):
         deit.create_model("tiny", image_size=size)
 
 
+def test_an_exported_model_takes_any_number_of_images():
+    model = small_model(distilled=True).eval()
+    dynamic = ({0: torch.export.Dim("images")},)
+    exported = torch.export.export(model, (images(32),), dynamic_shapes=dynamic).module()
+    five = torch.cat([images(32), images(32), images(32)[:1]])
+    assert torch.allclose(exported(five), model(five), atol=1e-6)
+
+
 def test_drop_path_rises_linearly_from_zero():
     model = deit.model_from_state_dict(small_model().state_dict(), drop_path=0.1)
     rates = [block.drop_path.rate for block in model.blocks]
