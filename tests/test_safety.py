@@ -131,6 +131,16 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(whole_run, tmp_path, capsys
 # Two runs in one folder; processes that disagree
 
 
+def test_a_run_is_named_after_the_data_as_typed_and_not_after_the_target_of_a_link(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ILSVRC2012").mkdir()
+    (tmp_path / "imagenet").symlink_to("ILSVRC2012")
+    (tmp_path / "runs/tiny-imagenet/earlier").mkdir(parents=True)
+    assert run_main(train) == 1
+    assert "runs/tiny-imagenet is not empty" in capsys.readouterr().err
+
+
 def test_a_second_run_does_not_start_in_a_folder(shared_folder, whole_run, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole_run.iterdir()}
     assert run_main(train, *small_run(shared_folder, whole_run)) == 1
