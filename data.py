@@ -325,8 +325,7 @@ def class_folders(root):
     if not classes:
         raise ValueError(
             f"{root} has no class folders: move each image to {root}/<class>/. For ImageNet's "
-            "val/, whose classes are in Kaggle's LOC_val_solution.csv or in the devkit, README "
-            "has the commands")
+            "flat val/ soumith's valprep.sh does it")
     return classes
 
 
