@@ -1,4 +1,4 @@
-"""What should never drift: size and density of the scripts, who imports whom, what README names.
+"""What should never drift: size of scripts and README, who imports whom, what README names.
 
 When a figure is met: do without something, do not pack. First to go: the contact sheet and
 check() in data.py, deit.py's table of published models.
@@ -152,7 +152,12 @@ def test_every_field_of_the_recipe_is_a_flag_with_a_help_text_and_is_read(capsys
 def test_every_preset_sets_fields_of_the_recipe_and_is_in_readme():
     names = {item.name for item in fields(train.Recipe)}
     for preset, values in train.PRESETS.items():
-        assert set(values) <= names and f"`{preset}`" in README
+        assert set(values) <= names and f"--recipe {preset}" in README
+
+
+def test_readme_has_at_most_130_lines_of_at_most_100_columns():
+    lines = README.splitlines()
+    assert len(lines) <= 130 and max(map(len, lines)) <= 100
 
 
 def test_the_flags_and_files_that_readme_names_exist(capsys):
@@ -162,7 +167,8 @@ def test_the_flags_and_files_that_readme_names_exist(capsys):
     torchruns = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id",
                  "--max-restarts"}
     slurms = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--requeue"}
-    assert set(re.findall(r"--[a-z][a-z_-]+", README)) <= known | torchruns | slurms
+    dockers = {"--ipc"}
+    assert set(re.findall(r"--[a-z][a-z_-]+", README)) <= known | torchruns | slurms | dockers
 
     files = set(re.findall(r"`((?:tests/)?[a-z_0-9]+\.(?:py|txt|md|csv))`", README))
     assert files and all((ROOT / file).exists() for file in files)
