@@ -16,15 +16,19 @@ runs/hard-3/last.pth mean: Acc@1 39.000 Acc@5 88.000 loss 1.600, agreement with 
 """.format("1.0 2.0 3.0 4.0", "5.0 6.0 7.0", "100.000 8.0 9.0", "6.0 8.0 100.000 10.0", "10.0 100.000")
 
 
-def test_a_run_is_read_from_what_evaluate_prints(tmp_path):
-    folder = tmp_path / "hard-3"
-    folder.mkdir()
-    (folder / "recipe.json").write_text('{"epochs": 2}')
-    (folder / "log.jsonl").write_text("{}\n{}\n")
-    (folder / "evaluation.txt").write_text(EVALUATION)
-    row = cifar10.read_run(folder)
+def test_a_run_is_read_from_what_evaluate_prints_once_all_its_models_are_trained(tmp_path):
+    for name in ("teacher", "plain-3", "hard-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.json").write_text('{"epochs": 2}')
+        (tmp_path / name / "log.jsonl").write_text("{}\n{}\n")
+    (tmp_path / "hard-3/evaluation.txt").write_text(EVALUATION)
+    row = cifar10.read_run(tmp_path / "hard-3")
     assert list(row.values()) == ["hard", 3, 57, 33, 37, 38, 39, *range(1, 11)]
     assert row["teacher~plain"] == 1 and row["class~both"] == 9 and row["distillation~both"] == 10
+
+    (tmp_path / "plain-3/log.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit, match="plain-3 has not all of its 2 epochs"):
+        cifar10.read_run(tmp_path / "hard-3")
 
 
 def test_a_difference_is_paired_by_seed_and_compared_with_its_standard_error(capsys):
