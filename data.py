@@ -325,7 +325,7 @@ def class_folders(root):
     if not classes:
         raise ValueError(
             f"{root} has no class folders: move each image to {root}/<class>/. For ImageNet's "
-            "flat val/ soumith's valprep.sh does it")
+            "flat val/ see README's questions")
     return classes
 
 

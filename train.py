@@ -665,7 +665,8 @@ def find_run(folder, recipe, typed, resume):
 # iNaturalist 2018 and 2019, 73.2 and 77.7 % (facebookresearch/deit, issue 105):
 #   --model base --init base --lr 5e-5 --batch-size 768 --epochs 360 --erasing 0.1
 PRESETS = {
-    # official command for base, 82.89 % published: lr 5e-6 at 512, no path dropped, EMA on
+    # official command for base, 82.89 % published: lr 5e-6 at 512, no path dropped, EMA on;
+    # with --model base --init base
     "finetune-384": {"image_size": 384, "epochs": 30, "batch_size": 512, "lr": 5e-6,
                      "min_lr": 5e-6, "weight_decay": 1e-8, "drop_path": 0.0, "ema": 0.99996},
     # ours: a teacher from scratch, or from ImageNet's with --init official --lr 0.02

@@ -58,8 +58,8 @@ def copy_first(source, folder, number):
 
 
 def make_folders(clone, out):
-    """The same 10,000 images to train on twice; DIR has 5,000 to test on, QUICK the first
-    1,000 of them, for the validation after each epoch."""
+    """DIR and QUICK have the same 10,000 images to train on. DIR has 5,000 to test on, QUICK the
+    first 100 of each class of them, for the validation after each epoch."""
     for name, number in ("DIR", 500), ("QUICK", 100):
         copy_first(clone / "train", out / name / "train", 1000)
         copy_first(clone / "test", out / name / "val", number)
