@@ -36,13 +36,13 @@ CLAIMS = [
      ("hard", "teacher~distillation"), ("hard", "teacher~class"), 1.2),
     ("agreement with the teacher: class head over plain training",
      ("hard", "teacher~class"), ("hard", "teacher~plain"), 2.1),
-    ("teacher: a convnet over a DeiT as accurate", ("hard_convnet", "both"), ("hard_deit", "both"),
-     0.8),
-    ("teacher: an early convnet over a DeiT as accurate", ("hard_early", "both"),
+    ("teacher: a convnet of 39.3 % over a DeiT of 39.4 %", ("hard_convnet", "both"),
      ("hard_deit", "both"), 0.8),
-    ("teacher: a convnet after 24 epochs over after 3", ("hard", "both"), ("hard_early", "both"),
+    ("teacher: a convnet of 39.8 % over a DeiT of 39.4 %", ("hard_short", "both"),
+     ("hard_deit", "both"), 0.8),
+    ("teacher: a convnet of 55.6 % over one of 39.8 %", ("hard", "both"), ("hard_short", "both"),
      0.4),
-    ("teacher: a convnet over a DeiT, 24 epochs each", ("hard", "both"), ("hard_deit", "both"),
+    ("teacher: a convnet of 55.6 % over a DeiT of 39.4 %", ("hard", "both"), ("hard_deit", "both"),
      1.2),
 ]
 
