@@ -13,7 +13,8 @@ runs/hard-3/last.pth class: Acc@1 37.000 Acc@5 86.000 loss 1.700, agreement with
 runs/hard-3/last.pth distillation: Acc@1 38.000 Acc@5 87.000 loss 1.700, agreement with each 3.0 {}
 runs/hard-3/last.pth mean: Acc@1 39.000 Acc@5 88.000 loss 1.600, agreement with each 4.0 7.0 9.0 {}
 * Acc@1 39.000 Acc@5 88.000 loss 1.600
-""".format("1.0 2.0 3.0 4.0", "5.0 6.0 7.0", "100.000 8.0 9.0", "6.0 8.0 100.000 10.0", "10.0 100.000")
+""".format("1.0 2.0 3.0 4.0", "5.0 6.0 7.0", "100.000 8.0 9.0", "6.0 8.0 100.000 10.0",
+           "10.0 100.000")
 
 
 def test_a_run_is_read_from_what_evaluate_prints_once_all_its_models_are_trained(tmp_path):
